@@ -1,0 +1,189 @@
+"""Opening a checkpoint: which layout it has, whether its tensors are exactly those its config demands, and reading any slice of them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptoss_jax.checkpoint.hf_layout import MXFP4_BLOCK, NVFP4_BLOCK, Layout, Piece, TensorSpec, expected_tensors
+from gptoss_jax.checkpoint.store import TensorStore, open_store, read_json
+from gptoss_jax.errors import CorruptError, UsageError
+from gptoss_jax.formats import mxfp4, nvfp4
+from gptoss_jax.model import GptOssConfig
+
+NVFP4_METHOD = "gptoss_jax_nvfp4"
+_METHODS = {None: "bf16", "mxfp4": "mxfp4", NVFP4_METHOD: "nvfp4"}
+# From scale byte 253 on, code 6 exceeds bfloat16 (6 * 2**126 > 2**128); 255 is NaN in E8M0, which clients decode as 2**128.
+FIRST_BAD_SCALE = 253
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+_EXPONENT_BITS = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}  # bfloat16, float32
+# OpenAI's config.json -> config.json of Hugging Face, with the defaults of gpt_oss/torch/model.py where they are no dimension
+_OPENAI_KEYS = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+_OPENAI_DEFAULTS = {"swiglu_limit": 7.0, "initial_context_length": 4096, "rope_theta": 150000.0, "rope_scaling_factor": 32.0,
+                    "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}  # fmt: skip
+
+
+class EncodedSlice(NamedTuple):
+    """Codes of a slice, widened to whole blocks; the wanted elements of the last dim are `trim`."""
+
+    codes: mxfp4.Codes | nvfp4.Codes
+    trim: slice
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """An opened checkpoint whose tensors have the names, shapes and dtypes that `config` demands. Values are checked when read."""
+
+    path: Path
+    layout: Layout
+    config: GptOssConfig
+    raw_config: Mapping[str, Any]
+    store: TensorStore
+    revision: str | None = None  # commit of the hub repository, if it came from there
+
+    def read(self, piece: Piece, ranges: tuple[slice, ...]) -> np.ndarray | EncodedSlice:
+        """A slice of one piece in our element order ([out, in], [E, out, in]): stored values (a mapped view), or codes.
+
+        Raises:
+          CorruptError: a non-finite value or a scale that bfloat16 cannot hold, with tensor and file.
+        """
+        specs = piece.tensors(self.layout, self.config)
+        if "plain" in specs:
+            return self._read_plain(piece, specs["plain"], ranges)
+        block = MXFP4_BLOCK if self.layout.experts == "mxfp4" else NVFP4_BLOCK
+        *outer, last = ranges
+        begin, end = last.start // block, -(-last.stop // block)
+        trim = slice(last.start - begin * block, last.stop - begin * block)
+        scales = self._checked_scales(specs["scales"], (*outer, slice(begin, end)))
+        packed = self.store.array(specs["packed"].key).reshape(*piece.shape[:-1], -1)
+        packed = packed[(*outer, slice(begin * block // 2, end * block // 2))]
+        if self.layout.experts == "mxfp4":
+            return EncodedSlice(mxfp4.Codes(packed, scales), trim)
+        global_scale = self.store.array(specs["global_scale"].key)[outer[0]]
+        check_finite(global_scale, self.where(specs["global_scale"].key))
+        return EncodedSlice(nvfp4.Codes(packed, scales, global_scale), trim)
+
+    def _read_plain(self, piece: Piece, spec: TensorSpec, ranges: tuple[slice, ...]) -> np.ndarray:
+        stored = self.store.array(spec.key)
+        if piece.row.matrix and self.layout.transposed:
+            stored = stored.swapaxes(-1, -2)
+        offset = piece.stored_rows(self.layout, self.config)
+        values = stored[(slice(ranges[0].start + offset, ranges[0].stop + offset), *ranges[1:])]
+        check_finite(values, self.where(spec.key))
+        return values
+
+    def _checked_scales(self, spec: TensorSpec, ranges: tuple[slice, ...]) -> np.ndarray:
+        scales = self.store.array(spec.key)[ranges]
+        if spec.dtypes == ("F8_E4M3",):
+            if ((scales.view(np.uint8) & 0x7F) == 0x7F).any():
+                raise CorruptError(f"{self.where(spec.key)} holds a NaN scale")
+        elif scales.size and scales.max() >= FIRST_BAD_SCALE:
+            raise CorruptError(f"{self.where(spec.key)} holds scale byte {scales.max()}; from {FIRST_BAD_SCALE} on values exceed bfloat16")
+        return scales
+
+    def where(self, key: str) -> str:
+        return f"{self.store.infos[key].file}: tensor {key!r}"
+
+
+def check_finite(values: np.ndarray, where: str) -> None:
+    """Refuses NaN and infinity in bfloat16 or float32, looking only at the exponent bits (3x faster than isfinite on bfloat16)."""
+    unsigned, exponent = _EXPONENT_BITS[values.dtype.itemsize]
+    if ((values.view(unsigned) & exponent) == exponent).any():
+        raise CorruptError(f"{where} holds a NaN or infinite value")
+
+
+def open_checkpoint(path: str | Path) -> SourceCheckpoint:
+    """Opens an HF directory (MXFP4 or BF16), OpenAI's original layout, an NVFP4 export of ours, or a hub id ("openai/gpt-oss-20b").
+
+    Headers and config are read and checked, no weights.
+
+    Raises:
+      UsageError: no such directory, no config.json, pickled weights, an unreachable hub.
+      CorruptError: damaged files, or tensors that are missing, extra, misshapen or of a wrong dtype (all of them listed).
+    """
+    directory, revision = _resolve(path)
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{directory}: no config.json, so this is no model directory")
+    raw = read_json(directory / "config.json")
+    if not isinstance(raw, dict):
+        raise CorruptError(f"{directory / 'config.json'}: not a JSON object")
+    is_openai = "model_type" not in raw and "num_experts" in raw
+    store = open_store(directory, any_name=is_openai)
+    try:
+        config = GptOssConfig.from_dict(_from_openai(raw) if is_openai else raw)
+    except CorruptError as error:
+        raise CorruptError(f"{directory / 'config.json'}: {error}") from None
+    layout = _find_layout(directory, raw, store, "openai" if is_openai else "hf")
+    source = SourceCheckpoint(directory, layout, config, raw, store, revision)
+    problems = tensor_problems(source)
+    if problems:
+        raise CorruptError(f"{directory}: {len(problems)} tensors do not fit ({layout}): " + "; ".join(problems))
+    return source
+
+
+def tensor_problems(source: SourceCheckpoint) -> list[str]:
+    """What is missing, extra, misshapen or of a wrong dtype; one entry per tensor."""
+    expected, infos = expected_tensors(source.config, source.layout), source.store.infos
+    problems = [f"missing {key!r} {list(expected[key].shape)}" for key in expected if key not in infos]
+    problems += [f"extra {key!r} {list(infos[key].shape)} in {infos[key].file.name}" for key in sorted(infos) if key not in expected]
+    for key, spec in expected.items():
+        info = infos.get(key)
+        if info is None:
+            continue
+        if info.shape != spec.shape:
+            problems.append(f"{key!r} in {info.file.name} has shape {list(info.shape)}, expected {list(spec.shape)}")
+        if info.dtype not in spec.dtypes:
+            problems.append(f"{key!r} in {info.file.name} has dtype {info.dtype}, expected {' or '.join(spec.dtypes)}")
+    return problems
+
+
+def _find_layout(directory: Path, raw: Mapping[str, Any], store: TensorStore, naming: str) -> Layout:
+    """The tensors say how the experts are stored; an HF config must say the same, or clients would load something else."""
+    keys = store.infos
+    if any(key.endswith(("_blocks", ".blocks")) for key in keys):
+        stored = "mxfp4"
+    else:
+        stored = "nvfp4" if any(key.endswith("_proj_packed") for key in keys) else "bf16"
+    if naming == "hf":
+        quantization = raw.get("quantization_config") or {}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method not in _METHODS:
+            raise CorruptError(f"{directory / 'config.json'}: quant_method {method!r} is not supported (known: 'mxfp4', {NVFP4_METHOD!r})")
+        if _METHODS[method] != stored:
+            raise CorruptError(f"{directory / 'config.json'}: quant_method {method!r}, but the tensors hold experts in {stored.upper()}")
+    return Layout(naming, stored)
+
+
+def _from_openai(raw: Mapping[str, Any]) -> dict[str, Any]:
+    raw = {**_OPENAI_DEFAULTS, **raw}
+    context, factor = raw.pop("initial_context_length"), raw.pop("rope_scaling_factor")
+    rope = {
+        "rope_type": "yarn", "factor": factor, "beta_slow": raw.pop("rope_ntk_alpha"), "beta_fast": raw.pop("rope_ntk_beta"),
+        "truncate": False, "original_max_position_embeddings": context,
+    }  # fmt: skip
+    renamed = {_OPENAI_KEYS.get(key, key): value for key, value in raw.items()}
+    return {**renamed, "max_position_embeddings": int(context * factor), "rope_scaling": rope}
+
+
+def _resolve(path: str | Path) -> tuple[Path, str | None]:
+    """Local directory and hub revision of a path or hub id."""
+    directory = Path(path)
+    if directory.is_dir():
+        return directory, None
+    if directory.exists():
+        raise UsageError(f"{path}: is a file; give the directory of the checkpoint")
+    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        raise UsageError(f"{path}: no such directory")
+    import huggingface_hub
+
+    try:
+        # the repositories of OpenAI carry the weights three times; only the top level is wanted
+        snapshot = huggingface_hub.snapshot_download(path, allow_patterns=_HUB_PATTERNS, ignore_patterns=["original/*", "metal/*"])
+    except Exception as error:  # many kinds: offline mode, no route, no such repository, gated
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path}: no such directory, and the Hugging Face hub does not deliver it ({reason})") from None
+    return Path(snapshot), Path(snapshot).name

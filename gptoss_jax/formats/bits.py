@@ -1,0 +1,89 @@
+"""Floats as integers, and the two layouts every 4-bit format here shares: blocks along the last dim, two codes per byte.
+
+XLA sets subnormal inputs to zero in every float operation (CPU and GPU), and its `log2`/`exp2` are inexact at powers of two (facts:
+`jnp.log2` misses 46 of the 254 powers of two, `jnp.exp2` 221). So block maxima, exponents and scaling work on the IEEE bits: for
+non-negative floats the order of the bits, read as integers, is the order of the values, and adding `k << 23` multiplies by 2**k.
+
+    C blocks of a row   Q block size   n = C*Q row width
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, UInt8
+
+EXP_SHIFT = 23  # float32 mantissa bits
+MIN_NORMAL = 1 << EXP_SHIFT  # bits of 2**-126, the smallest normal float32
+INF = 0xFF << EXP_SHIFT  # bits of +inf; larger magnitudes are NaN
+
+
+def to_bits(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """IEEE bits of x as float32. A bfloat16 is the upper half of its float32, so no float conversion (which would flush) is needed.
+
+    Raises:
+      TypeError: x is neither float32 nor bfloat16.
+    """
+    if x.dtype == jnp.float32:
+        return lax.bitcast_convert_type(x, jnp.int32)
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) << 16
+    raise TypeError(f"4-bit formats encode float32 or bfloat16, not {x.dtype}")
+
+
+def from_bits(bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """The float32 with these bits."""
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def magnitude(bits: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Bits of |x|."""
+    return bits & 0x7FFFFFFF
+
+
+def normalized(mag: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Magnitude bits whose exponent field may be zero or negative, so that adding `k << 23` is exact for subnormals too.
+
+    A subnormal is `mag * 2**-149` with an integer mag < 2**23; the conversion of that integer to float32 is exact and normal.
+    Zero maps to -149 << 23, far below everything a 4-bit grid distinguishes from zero.
+    """
+    as_float = lax.bitcast_convert_type(mag.astype(jnp.float32), jnp.int32)
+    return jnp.where(mag < MIN_NORMAL, as_float - (149 << EXP_SHIFT), mag)
+
+
+def split_blocks(x: Array, block_size: int) -> Array:
+    """[*batch, n] -> [*batch, C, Q].
+
+    Raises:
+      ValueError: n is not a multiple of the block size (there is no padding: a block never covers less than Q weights).
+    """
+    if x.ndim == 0 or x.shape[-1] % block_size:
+        raise ValueError(f"the last dim of shape {tuple(x.shape)} is not a multiple of the block size {block_size}")
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
+
+
+def join_blocks(x: Array) -> Array:
+    """[*batch, C, Q] -> [*batch, n]."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def pack(codes: UInt8[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
+    """Two codes per byte, the even element in the low nibble (the order of the MXFP4 files)."""
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(packed: UInt8[Array, "*batch n_half"]) -> UInt8[Array, "*batch n"]:
+    """Inverse of `pack`.
+
+    Raises:
+      TypeError: packed is not uint8 (a signed byte would shift its sign into the high nibble).
+    """
+    if packed.dtype != jnp.uint8:
+        raise TypeError(f"packed codes must be uint8, not {packed.dtype}")
+    pairs = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def as_array(x) -> jax.Array:
+    """Host input (numpy, memory maps) as a JAX array; arrays and tracers pass through."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)

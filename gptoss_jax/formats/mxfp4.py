@@ -1,0 +1,131 @@
+"""MXFP4 (OCP MX v1.0): blocks of 32 E2M1 codes along the last dim with one E8M0 scale.
+
+    encode: |x| bits -> block maximum (integer max) -> scale byte b (scale_rules) -> bits of |x| * 2**(127-b) -> nearest E2M1, ties to even
+    decode: code value * 2**(b-127)
+
+Everything happens on integer bits but one IEEE addition that rounds (minifloat), so eager, jit, CPU, GPU and any sharding give the same
+bytes, subnormals included. Facts of the format:
+
+- every finite decoded value of bytes 0..252 is exact in float32 and bfloat16 (subnormals from bytes 0 and 1); at byte 253 the
+  magnitudes 4 and 6, at byte 254 those from 2 on, exceed float32 and decode to infinity; byte 255 decodes to NaN throughout;
+- a block that holds NaN or infinity gets byte 255 and codes of magnitude 0, so it decodes to NaN;
+- the sign of zero and of what underflows is kept (-0 is code 8);
+- requantizing decoded values under `floor`, `rceil` or `even` changes no value, and no byte where the block's largest index is 6 or 7.
+
+`compat="modelopt"` writes the bytes of NVIDIA's converter (Model-Optimizer `MXFP4QTensor.quantize`, 0.47.0): rceil scales, ties toward
+zero, and code 8 for +0, for what underflows from below, and for positive values so small that the quotient is 0 in float32. Two known
+differences: it stores byte 0 for non-finite blocks, where this codec stores 255; and it takes the exponent from a float32 `log2`, which
+cannot tell a float32 maximum a few ulp above 1.5 * 2**k from 1.5 * 2**k (up to 22 ulp at the far exponents), so that it clips
+such blocks by one exponent where this codec does not. bfloat16 weights cannot lie that near and agree in every byte.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, UInt8
+
+from gptoss_jax.formats import bits as fb
+from gptoss_jax.formats.minifloat import e2m1_index
+from gptoss_jax.formats.scale_rules import SCALE_RULES, scaled_bits
+
+BLOCK_SIZE = 32
+NAN_SCALE = 255
+
+# Bits of the midpoints between neighbouring E2M1 magnitudes.
+_MIDPOINTS = (0x3E800000, 0x3F400000, 0x3FA00000, 0x3FE00000, 0x40200000, 0x40600000, 0x40A00000)
+
+
+class Codes(NamedTuple):
+    """An encoded array of shape [*batch, n]; a pytree. value = e2m1(code) * 2**(scale - 127)."""
+
+    packed: UInt8[Array, "*batch n_half"]  # two codes per byte, even element in the low nibble
+    scales: UInt8[Array, "*batch C"]  # E8M0, C = n/32
+
+
+def encode(x: Float[Array, "*batch n"], scale_rule: str = "rceil", compat: str | None = None) -> Codes:
+    """Encodes float32 or bfloat16 along the last dim, whose width must be a multiple of 32.
+
+    Args:
+      scale_rule: a name of `SCALE_RULES`.
+      compat: "modelopt" for the bytes of NVIDIA's converter, see above.
+
+    Raises:
+      TypeError: another dtype.
+      ValueError: bad width, unknown rule or compat name.
+    """
+    codes, scales = encode_unpacked(x, scale_rule, compat)
+    return Codes(fb.pack(codes), scales)
+
+
+def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
+    """Values of the codes. Exact in float32 and bfloat16; any other dtype is a conversion of the float32 values.
+
+    Raises:
+      TypeError: packed or scales are not uint8.
+      ValueError: their shapes do not belong together.
+    """
+    packed, scales = fb.as_array(q.packed), fb.as_array(q.scales)
+    if packed.shape != (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE // 2):
+        raise ValueError(f"packed {tuple(packed.shape)} and scales {tuple(scales.shape)} are not one MXFP4 array (16 bytes per scale)")
+    return decode_unpacked(fb.unpack(packed), scales, dtype)
+
+
+def encode_unpacked(
+    x: Float[Array, "*batch n"], scale_rule: str = "rceil", compat: str | None = None
+) -> tuple[UInt8[Array, "*batch n"], UInt8[Array, "*batch C"]]:
+    """`encode` with one code per byte: what fake quantization uses, so that nothing is packed only to be unpacked."""
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"unknown scale rule {scale_rule!r}; known are {', '.join(SCALE_RULES)}")
+    if compat not in (None, "modelopt"):
+        raise ValueError(f"unknown compat {compat!r}; known is 'modelopt'")
+    if compat == "modelopt" and scale_rule != "rceil":
+        raise ValueError(f"compat 'modelopt' has scale rule 'rceil', not {scale_rule!r}")
+
+    x_bits = fb.split_blocks(fb.to_bits(fb.as_array(x)), BLOCK_SIZE)
+    mag = fb.magnitude(x_bits)
+    amax = jnp.max(mag, axis=-1, keepdims=True)
+    is_finite = amax < fb.INF
+    scales = SCALE_RULES[scale_rule](mag, amax)
+    y_bits = scaled_bits(mag, scales)
+    index, sign = (_modelopt_index_sign if compat else _index_sign)(x_bits, mag, y_bits)
+    index = jnp.where(is_finite, index, 0)
+    codes = (index | sign).astype(jnp.uint8)
+    scales = jnp.where(is_finite, scales, NAN_SCALE).astype(jnp.uint8)
+    return fb.join_blocks(codes), scales[..., 0]
+
+
+def _index_sign(x_bits, mag, y_bits):
+    return e2m1_index(y_bits), (x_bits >> 28) & 8
+
+
+def _modelopt_index_sign(x_bits, mag, y_bits):
+    index = sum((y_bits > midpoint).astype(jnp.int32) for midpoint in _MIDPOINTS)
+    quotient_is_zero = (mag == 0) | (y_bits <= -23 << fb.EXP_SHIFT)  # float32 rounds 2**-150 and less to 0
+    return index, jnp.where((x_bits < 0) | quotient_is_zero, 8, 0)
+
+
+def decode_unpacked(codes: UInt8[Array, "*batch n"], scales: UInt8[Array, "*batch C"], dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
+    """`decode` of one code per byte."""
+    if scales.dtype != jnp.uint8:
+        raise TypeError(f"MXFP4 scales must be uint8 (E8M0 bytes), not {scales.dtype}")
+    codes = fb.split_blocks(codes, BLOCK_SIZE)
+    bits21 = fb.join_blocks(_value_bits21(codes, scales[..., None].astype(jnp.int32)))
+    if dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type((bits21 << 5).astype(jnp.uint16), jnp.bfloat16)
+    return fb.from_bits(bits21 << 21).astype(dtype)
+
+
+def _value_bits21(codes: UInt8[Array, "*batch C Q"], scale: Int32[Array, "*batch C 1"]) -> Int32[Array, "*batch C Q"]:
+    """float32 bits of the values, without their 21 low bits, which are zero for every value (sign in bit 10).
+
+    `b` is the sum of the exponent fields of code value and scale, as if float32 had exponents below 1. There (bytes 0 and 1 only), the
+    significand shifts right by one place per missing exponent; written in units of 2**21 that is the largest of three lines,
+    since the bits of a float grow by 4, 2, 1 units per half binade in the normals and the first two subnormal binades.
+    """
+    index = (codes & 7).astype(jnp.int32)
+    b = 2 * (jnp.where(index < 2, -2, index - 2) + 2 * scale)
+    mag = jnp.maximum(b, 2 + jnp.maximum(b >> 1, b >> 2))
+    mag = jnp.where(index == 0, 0, jnp.minimum(mag, fb.INF >> 21))
+    mag = jnp.where(scale == NAN_SCALE, 0x7FC00000 >> 21, mag)
+    return mag | ((codes.astype(jnp.int32) & 8) << 7)

@@ -1,0 +1,33 @@
+"""RMSNorm and the biased linear layer. Weights are stored [out, in] as in the checkpoints; nothing is transposed at load or export."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from gptoss_jax.model.weights import weight
+
+
+class RMSNorm(nnx.Module):
+    """`x * rsqrt(mean(x^2) + eps) * weight`, all in float32 and cast at the very end (multiply, then cast; Llama casts first)."""
+
+    def __init__(self, size: int, eps: float, *, rngs, dtype, layers: int | None = None):
+        self.weight = weight(rngs, (size,), ("norm",), layers=layers, dtype=dtype, init="ones")
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` in the dtype of x with float32 accumulation."""
+
+    def __init__(self, size_in: int, size_out: int, axes: tuple[str, str], *, rngs, dtype, layers: int | None = None):
+        self.weight = weight(rngs, (size_out, size_in), axes, layers=layers, dtype=dtype)
+        self.bias = weight(rngs, (size_out,), axes[:1], layers=layers, dtype=dtype, init="zeros")
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        out = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return (out + self.bias[...].astype(jnp.float32)).astype(x.dtype)

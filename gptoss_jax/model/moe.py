@@ -1,0 +1,107 @@
+"""Mixture of experts: top-k routing and clamped SwiGLU experts. Dropless; work is done for routed rows only.
+
+    p = softmax over the k largest of (x @ router.T + bias)          no normalisation over the other experts
+    h = x @ gate_up[e].T + bias;  gate = h[0::2], up = h[1::2]        interleaved
+    act = gate' * sigmoid(1.702 gate') * (up' + 1),  gate' = min(gate, 7),  up' = clip(up, -7, 7)
+    y = sum_e p_e * (act @ down[e].T + bias)                          the bias is weighted too
+
+The router runs in float32, experts in the dtype of x with float32 accumulation.
+
+Legend: S tokens  D hidden  E experts  A experts per token  P slots of the grouped rows  F expert hidden  U=2F gate/up interleaved
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.model.config import GptOssConfig
+from gptoss_jax.model.context import Context
+from gptoss_jax.model.weights import weight
+from gptoss_jax.ops.grouped_matmul import DEFAULT_BLOCK_ROWS, combine, dispatch, group_rows, grouped_matmul
+
+SWIGLU_ALPHA = 1.702  # the release's constant; every client hard-codes it
+
+
+class RouterStats(NamedTuple):
+    """Routing of the non-padding tokens; leading dims (layers) may be stacked."""
+
+    assignments_E: Float[Array, "*L E"]
+    probability_E: Float[Array, "*L E"]
+    num_tokens: Float[Array, "*L"]
+
+
+def load_balancing_loss(stats: RouterStats) -> Float[Array, ""]:
+    """Switch-style auxiliary loss over all layers together, `E * sum_e f_e * P_e` (as transformers' `load_balancing_loss_func`).
+
+    f_e is the mean number of assignments and P_e the mean full-softmax probability per token; a uniform router gives k.
+    """
+    tokens = jnp.maximum(jnp.sum(stats.num_tokens), 1.0)
+    experts = stats.assignments_E.shape[-1]
+    fraction_E = jnp.sum(stats.assignments_E.reshape(-1, experts), axis=0) / tokens
+    mean_probability_E = jnp.sum(stats.probability_E.reshape(-1, experts), axis=0) / tokens
+    return experts * jnp.sum(lax.stop_gradient(fraction_E) * mean_probability_E)
+
+
+class Router(nnx.Module):
+    def __init__(self, config: GptOssConfig, *, rngs, dtype, layers: int | None):
+        self.config = config
+        self.weight = weight(rngs, (config.num_local_experts, config.hidden_size), ("router", "embed"), layers=layers, dtype=dtype)
+        self.bias = weight(rngs, (config.num_local_experts,), ("router",), layers=layers, dtype=dtype, init="zeros")
+
+    def __call__(self, x_SD: Float[Array, "S D"], real_S) -> tuple[Int[Array, "S A"], Float[Array, "S A"], RouterStats]:
+        """Chosen experts, their weights, statistics over the tokens where `real_S`."""
+        logits_SE = jnp.einsum("sd,ed->se", x_SD.astype(jnp.float32), self.weight[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
+        top_SA, experts_SA = lax.top_k(logits_SE, self.config.num_experts_per_tok)
+        real_S = real_S.astype(jnp.float32)
+        chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=jnp.float32), axis=1)
+        stats = RouterStats(real_S @ chosen_SE, real_S @ jax.nn.softmax(logits_SE, axis=-1), jnp.sum(real_S))
+        return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
+
+
+def clamped_swiglu(h_PU: Float[Array, "P U"], limit: float) -> Float[Array, "P F"]:
+    """Gate and up interleaved in the last dim; clamped above (gate) and on both sides (up); computed in float32."""
+    h32_PFX = h_PU.astype(jnp.float32).reshape(h_PU.shape[0], -1, 2)
+    gate_PF = jnp.minimum(h32_PFX[..., 0], limit)
+    up_PF = jnp.clip(h32_PFX[..., 1], -limit, limit)
+    return (gate_PF * jax.nn.sigmoid(SWIGLU_ALPHA * gate_PF) * (up_PF + 1)).astype(h_PU.dtype)
+
+
+class Experts(nnx.Module):
+    """All experts of a layer. `gate_up_proj` [E, U, D] and `down_proj` [E, D, F] are the weights that get quantized."""
+
+    def __init__(self, config: GptOssConfig, *, rngs, dtype, layers: int | None):
+        self.limit = config.swiglu_limit
+        experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+        make = dict(layers=layers, dtype=dtype)
+        self.gate_up_proj = weight(rngs, (experts, 2 * width, hidden), ("expert", "expert_mlp", "expert_embed"), **make)
+        self.gate_up_proj_bias = weight(rngs, (experts, 2 * width), ("expert", "expert_mlp"), init="zeros", **make)
+        self.down_proj = weight(rngs, (experts, hidden, width), ("expert", "expert_embed", "expert_mlp"), **make)
+        self.down_proj_bias = weight(rngs, (experts, hidden), ("expert", "expert_embed"), init="zeros", **make)
+
+    def __call__(self, x_SD, experts_SA, weights_SA, context: Context) -> tuple[Float[Array, "S D"], dict]:
+        """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
+        w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
+        w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
+        groups = group_rows(experts_SA, w_down_EDF.shape[0], DEFAULT_BLOCK_ROWS)
+        x_PD = dispatch(x_SD, groups)
+        h_PU = grouped_matmul(x_PD, w_gate_up_EUD, self.gate_up_proj_bias[...], groups)
+        y_PD = grouped_matmul(clamped_swiglu(h_PU, self.limit), w_down_EDF, self.down_proj_bias[...], groups)
+        captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
+        return combine(y_PD, weights_SA, groups), captured
+
+
+class Moe(nnx.Module):
+    def __init__(self, config: GptOssConfig, *, rngs, dtype, layers: int | None):
+        self.router = Router(config, rngs=rngs, dtype=dtype, layers=layers)
+        self.experts = Experts(config, rngs=rngs, dtype=dtype, layers=layers)
+
+    @jax.named_scope("moe")
+    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats, dict]:
+        x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        experts_SA, weights_SA, stats = self.router(x_SD, context.real_BT.reshape(-1))
+        y_SD, captured = self.experts(x_SD, experts_SA, weights_SA, context)
+        return y_SD.reshape(x_BTD.shape), stats, captured

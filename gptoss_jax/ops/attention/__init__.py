@@ -1,0 +1,27 @@
+"""Causal attention with learned sinks, grouped-query heads, document segments and an optional sliding window."""
+
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.ops.attention.local import local_attention
+from gptoss_jax.ops.attention.reference import attention_reference
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    sinks_N: Float[Array, "N"],
+    segment_ids_BT: Int[Array, "B T"],
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Scores `q.k / sqrt(H)` and softmax in float32; the sink is a logit per query head added after scaling and masking.
+
+    Query head n reads kv head n // (N/K). A token sees itself and earlier tokens of its own segment, with `window` only the last `window` of
+    them, itself included. A row that sees nothing but its sink gives 0. Layers with a window cost O(T * window).
+    """
+    if window is not None and q_BTNH.shape[1] > 2 * window:
+        return local_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
+    return attention_reference(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
+
+
+__all__ = ["attention"]

@@ -1,0 +1,38 @@
+"""Dense attention with sinks: the whole T x T array of scores, written out. Oracle of the tests, and fast for short rows."""
+
+import jax.numpy as jnp
+
+# A masked score. Finite, so that a row without any visible key gives 0 and not NaN; exp(MASKED - m) is exactly 0 for every real maximum m.
+MASKED = -1e30
+
+
+def visible(query_index, key_index, query_segment, key_segment, window: int | None):
+    """Causal mask inside a segment; with a window, the last `window` keys including the query itself: q - window < k <= q."""
+    see = (key_index <= query_index) & (key_segment == query_segment)
+    return see if window is None else see & (query_index - key_index < window)
+
+
+def softmax_with_sink(scores, sinks):
+    """Softmax over the last dim with one further logit per head that takes probability and gives no value.
+
+    Args:
+      scores: float32 [..., keys]; sinks: float32, broadcastable to scores without the last dim.
+    """
+    top = jnp.maximum(jnp.max(scores, axis=-1), sinks)[..., None]
+    weights = jnp.exp(scores - top)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks[..., None] - top))
+
+
+def attention_reference(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window=None):
+    """See `gptoss_jax.ops.attention.attention`."""
+    batch, length, heads, head_dim = q_BTNH.shape
+    kv_heads = k_BTKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores_BKGTU = jnp.einsum("btkgh,bukh->bkgtu", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * head_dim**-0.5
+    index_T = jnp.arange(length)
+    mask_BTU = visible(index_T[:, None], index_T, segment_ids_BT[:, :, None], segment_ids_BT[:, None, :], window)
+    scores_BKGTU = jnp.where(mask_BTU[:, None, None], scores_BKGTU, MASKED)
+    sinks_KG1 = sinks_N.astype(jnp.float32).reshape(kv_heads, -1, 1)
+    probs_BKGTU = softmax_with_sink(scores_BKGTU, sinks_KG1).astype(v_BTKH.dtype)
+    out_BTKGH = jnp.einsum("bkgtu,bukh->btkgh", probs_BKGTU, v_BTKH, preferred_element_type=jnp.float32)
+    return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)

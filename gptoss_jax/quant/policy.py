@@ -1,0 +1,108 @@
+"""Which parameters are quantized, and to what: ordered (pattern, format) rules over parameter names, shell-style as in `fnmatch`.
+
+The first rule that matches a name decides. A rule that decides for no parameter is an error, so a typing mistake cannot silently train
+an unquantized model. Default: the expert projections, and only those.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax.numpy as jnp
+
+from gptoss_jax.formats import Format, format_from_dict, get_format
+
+EXPERT_PROJECTIONS = "*.mlp.experts.*_proj"
+
+
+@dataclass(frozen=True)
+class QuantPolicy:
+    """Rules (pattern, format); formats may be given by name."""
+
+    rules: tuple[tuple[str, Format], ...]
+
+    def __post_init__(self):
+        rules = tuple((pattern, get_format(fmt)) for pattern, fmt in self.rules)
+        if not rules:
+            raise ValueError("a quantization policy needs at least one rule; no quantization is policy None")
+        object.__setattr__(self, "rules", rules)
+
+    def format_of(self, name: str) -> Format | None:
+        """Format of the first rule that matches the parameter name, None where none does."""
+        return next((fmt for pattern, fmt in self.rules if fnmatchcase(name, pattern)), None)
+
+    def match(self, params: Mapping[str, Any]) -> dict[str, Format]:
+        """The quantized parameters of a flat dict of arrays or shapes.
+
+        Raises:
+          ValueError: a rule that decides for no parameter, or a parameter that its format cannot encode.
+        """
+        matched = {}
+        unused = dict.fromkeys(pattern for pattern, _ in self.rules)
+        for name in params:
+            pattern, fmt = next(((p, f) for p, f in self.rules if fnmatchcase(name, p)), (None, None))
+            if fmt is None:
+                continue
+            unused.pop(pattern, None)
+            _check_encodable(name, params[name], fmt)
+            matched[name] = fmt
+        if unused:
+            raise ValueError(_unmatched_message(next(iter(unused)), params, matched))
+        return matched
+
+    def describe(self, params: Mapping[str, Any]) -> str:
+        """A table of what is quantized: name, shape, format, block dim; then the count of the rest."""
+        matched = self.match(params)
+        rows = [("parameter", "shape", "format", "blocks along")]
+        for name, fmt in matched.items():
+            shape = tuple(params[name].shape)
+            options = ", ".join(f"{key}={value}" for key, value in fmt.to_dict().items() if key != "name" and value is not None)
+            rows.append((name, "x".join(map(str, shape)), f"{fmt.name}({options})", f"dim {len(shape) - 1}: {shape[-1]} / {fmt.block_size}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        size = {name: math.prod(leaf.shape) for name, leaf in params.items()}
+        quantized = sum(size[name] for name in matched)
+        lines.append(
+            f"{len(matched)} of {len(params)} parameter arrays quantized: {quantized:,} of {sum(size.values()):,} parameters; the others stay as they are"
+        )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rules": [{"pattern": pattern, "format": fmt.to_dict()} for pattern, fmt in self.rules]}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "QuantPolicy":
+        """Inverse of `to_dict`.
+
+        Raises:
+          ValueError: unknown or missing key.
+        """
+        if set(raw) != {"rules"}:
+            raise ValueError(f"a quantization policy has the key 'rules' alone, not {sorted(raw)}")
+        for rule in raw["rules"]:
+            if set(rule) != {"pattern", "format"}:
+                raise ValueError(f"a rule has the keys 'pattern' and 'format', not {sorted(rule)}")
+        return cls(tuple((rule["pattern"], format_from_dict(rule["format"])) for rule in raw["rules"]))
+
+
+def default_policy(fmt: str | Format) -> QuantPolicy:
+    """Only the expert projections; attention, router, biases, sinks, norms, embedding and head stay as they are."""
+    return QuantPolicy(((EXPERT_PROJECTIONS, get_format(fmt)),))
+
+
+def _check_encodable(name: str, leaf: Any, fmt: Format) -> None:
+    shape = tuple(leaf.shape)
+    if len(shape) < 2 or shape[-1] % fmt.block_size:
+        raise ValueError(f"{name} {shape} cannot be {fmt.name}: it needs a matrix whose last dim is a multiple of {fmt.block_size}")
+    if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"{name} is {leaf.dtype}; {fmt.name} encodes float32 or bfloat16")
+
+
+def _unmatched_message(pattern: str, params: Mapping[str, Any], matched: Mapping[str, Format]) -> str:
+    if any(fnmatchcase(name, pattern) for name in params):
+        return f"quantization rule {pattern!r} never decides: earlier rules match all its parameters"
+    near = difflib.get_close_matches(pattern, list(params), n=3, cutoff=0.0)
+    return f"quantization rule {pattern!r} matches no parameter; nearest names: {', '.join(near) or '(no parameters)'}"

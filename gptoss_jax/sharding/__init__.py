@@ -1,0 +1,13 @@
+"""Where arrays lie: the device mesh and the one table from logical axes to mesh axes."""
+
+from gptoss_jax.sharding.mesh import MESH_AXES, make_mesh
+from gptoss_jax.sharding.rules import (
+    DEFAULT_RULES,
+    ShardingRules,
+    abstract_sharded_params,
+    batch_sharding,
+    param_shardings,
+    replicated,
+)
+
+__all__ = ["DEFAULT_RULES", "MESH_AXES", "ShardingRules", "abstract_sharded_params", "batch_sharding", "make_mesh", "param_shardings", "replicated"]

@@ -1,0 +1,25 @@
+"""The device mesh. Axes: `data` replicates parameters, `fsdp` shards them, `expert` shards experts, `tensor` shards heads and vocabulary."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from gptoss_jax.errors import UsageError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over the first `data * fsdp * expert * tensor` devices.
+
+    Raises:
+      UsageError: a size below 1, or more devices than there are.
+    """
+    sizes = (data, fsdp, expert, tensor)
+    devices = jax.devices() if devices is None else devices
+    if min(sizes) < 1:
+        raise UsageError(f"mesh sizes must be at least 1: {dict(zip(MESH_AXES, sizes))}")
+    if math.prod(sizes) > len(devices):
+        raise UsageError(f"mesh {dict(zip(MESH_AXES, sizes))} needs {math.prod(sizes)} devices, {len(devices)} are present")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[: math.prod(sizes)])

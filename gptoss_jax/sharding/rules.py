@@ -1,0 +1,87 @@
+"""One table from logical axes to mesh axes; parameter shardings are derived from it and checked.
+
+Refused with the parameter's name: a mesh axis used twice in one parameter, a dimension that the mesh does not divide, and a shard that would
+cut a quantization block (2880 / 32 = 90 blocks, so the contraction axis of the released experts splits by divisors of 90 only: never by 4 or 8).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gptoss_jax.errors import UsageError
+from gptoss_jax.model import GptOssConfig, abstract_params, logical_axes
+
+# Experts take the fsdp devices too: 32 and 128 experts divide by what 90 blocks do not.
+DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "norm": (),
+    "router": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert", "fsdp"),
+    "expert_mlp": ("tensor",),
+    "expert_embed": (),
+}
+QUANT_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """`table` maps every logical axis to the mesh axes that shard it, outermost first."""
+
+    table: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_TABLE))
+
+    def spec(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+        """Partition of one parameter.
+
+        Raises:
+          UsageError: naming the parameter and the dimension that cannot be laid out.
+        """
+        entries, used = [], set()
+        for size, logical in zip(shape, axes, strict=True):
+            if logical is not None and logical not in self.table:
+                raise UsageError(f"{name}: no sharding rule for logical axis {logical!r}; rules exist for {sorted(self.table)}")
+            mesh_axes = tuple(a for a in self.table.get(logical, ()) if a in mesh.shape and mesh.shape[a] > 1)
+            if used & set(mesh_axes):
+                raise UsageError(f"{name}: mesh axes {sorted(used & set(mesh_axes))} would shard two dimensions of {axes}")
+            used |= set(mesh_axes)
+            shards = math.prod(mesh.shape[a] for a in mesh_axes)
+            if size % shards:
+                fits = [n for n in range(1, shards) if size % n == 0]
+                raise UsageError(f"{name}: dimension {logical!r} of size {size} does not divide by {'*'.join(mesh_axes)} = {shards}; it divides by {fits}")
+            entries.append(mesh_axes or None)
+        last_shards = math.prod(mesh.shape[a] for a in entries[-1] or ())
+        if name.endswith(("gate_up_proj", "down_proj")) and (shape[-1] // last_shards) % QUANT_BLOCK and last_shards > 1:
+            blocks = shape[-1] // QUANT_BLOCK
+            fits = [n for n in range(1, last_shards) if blocks % n == 0]
+            raise UsageError(f"{name}: {last_shards} shards would cut quantization blocks ({blocks} blocks of {QUANT_BLOCK}); use one of {fits}")
+        return PartitionSpec(*entries)
+
+
+DEFAULT_RULES = ShardingRules()
+
+
+def param_shardings(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
+    """Sharding of every parameter by name."""
+    axes = logical_axes(config)
+    return {name: NamedSharding(mesh, rules.spec(name, leaf.shape, axes[name], mesh)) for name, leaf in abstract_params(config).items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over all data-parallel devices (`data`, `fsdp`, `expert`)."""
+    return NamedSharding(mesh, PartitionSpec(tuple(a for a in ("data", "fsdp", "expert") if a in mesh.shape)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract_sharded_params(config: GptOssConfig, mesh: Mesh, dtype, rules: ShardingRules = DEFAULT_RULES) -> dict[str, jax.ShapeDtypeStruct]:
+    """`abstract_params` with shardings: what a checkpoint is restored into."""
+    shardings = param_shardings(config, mesh, rules)
+    return {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[n]) for n, s in abstract_params(config, dtype).items()}

@@ -1,0 +1,1 @@
+"""Configuration, optimizer, training step and loop. Modules are imported one by one, so that reading a config needs no jax."""

@@ -1,0 +1,174 @@
+"""What a training run is: one frozen tree of settings, the same for SFT and QAT (which differ in `quant`).
+
+Defaults are those of NVIDIA's gpt-oss recipe: AdamW at 2e-5, cosine to 10 % with 3 % warm-up, clip 1.0, 4096 tokens, 32 rows per step, one epoch,
+BF16 compute on float32 masters. Two departures: the loss is on assistant tokens (`data.loss: all` gives the recipe's), rows are packed.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gptoss_jax.errors import UsageError
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class DataConfig(Section):
+    train: str | None = None
+    eval: str | None = None
+    row_length: PositiveInt = 4096
+    packing: bool = True
+    # which tokens carry the loss
+    loss: Literal["assistant", "all"] = "assistant"
+
+
+class BatchConfig(Section):
+    # rows of one optimizer step, on all devices together
+    rows: PositiveInt = 32
+    # microbatches that a step is cut into; changes memory, not the result
+    accumulation: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.rows % self.accumulation:
+            raise ValueError(f"rows = {self.rows} is not a multiple of accumulation = {self.accumulation}")
+        return self
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat = 2e-5
+    b1: Momentum = 0.9
+    b2: Momentum = 0.999
+    eps: PositiveFloat = 1e-8
+    # never applied to biases, norms, sinks, router and embeddings
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine"] = "cosine"
+    min_ratio: Ratio = 0.1
+    warmup_ratio: Ratio = 0.03
+
+
+class Mxfp4Quant(Section):
+    format: Literal["mxfp4"]
+    scale_rule: Literal["rceil", "floor", "even", "mse"] = "rceil"
+    # name patterns of the weights to quantize; None is the expert projections
+    rules: tuple[str, ...] | None = None
+
+
+class Nvfp4Quant(Section):
+    format: Literal["nvfp4"]
+    global_scale: Literal["pow2", "exact"] = "pow2"
+    rules: tuple[str, ...] | None = None
+
+
+class MeshConfig(Section):
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+
+    @property
+    def size(self) -> int:
+        return self.data * self.fsdp
+
+
+class TrainConfig(Section):
+    # HF directory, OpenAI directory, Orbax checkpoint of ours, or hub id
+    model: str | None = None
+    output: str | None = None
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    # exactly one of the two counts; with neither it is one epoch
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    # largest global norm of the gradient
+    clip: PositiveFloat = 1.0
+    # bfloat16 masters are updated with stochastic rounding: with plain rounding 85 % of them do not move at 1e-5
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
+    # parameter name patterns that are not trained
+    freeze: tuple[str, ...] = ()
+    # the release's config.json carries 0.9; a run asks for it or does without
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # in steps; None is never (checkpoints: only at the end)
+    eval_every: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = None
+    # newest checkpoints that stay on disk
+    keep: PositiveInt = 2
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps = {self.steps} and epochs = {self.epochs} exclude each other")
+        microbatch = self.batch.rows // self.batch.accumulation
+        if microbatch % self.mesh.size:
+            raise ValueError(
+                f"a microbatch of {microbatch} rows (batch.rows / batch.accumulation) does not divide among mesh.data * mesh.fsdp = {self.mesh.size} devices"
+            )
+        return self
+
+    def with_steps(self, num_rows: int) -> "TrainConfig":
+        """The config with its length in steps, given the rows of one epoch (at least one step)."""
+        if self.steps is not None:
+            return self
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return self.model_copy(update={"steps": max(1, int(num_rows * epochs / self.batch.rows)), "epochs": None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML or JSON; `parse` reads them back."""
+        return self.model_dump(mode="json")
+
+
+def parse(raw: dict[str, Any], where: str = "config", lines: dict[tuple, int] | None = None) -> TrainConfig:
+    """Validates plain values.
+
+    Args:
+      where: file name for the message.
+      lines: line of each key path in that file, for the message.
+
+    Raises:
+      UsageError: naming the first bad key with its value, or the nearest known name of an unknown one.
+    """
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(_explain(error.errors()[0], where, lines or {})) from None
+
+
+def _explain(error: dict, where: str, lines: dict[tuple, int]) -> str:
+    # pydantic inserts the tag of a union into the path (quant.mxfp4.scale_rule)
+    path = tuple(part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "quant" and part in ("mxfp4", "nvfp4")))
+    place = f"{where}:{lines[path]}" if path in lines else where
+    name = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), _known(error["loc"][:-1]), n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join(map(str, (*path[:-1], near[0])))!r}?" if near else f"; known are {', '.join(_known(error['loc'][:-1]))}"
+        return f"{place}: unknown key {name!r}{hint}"
+    reason = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" = {error['input']!r}"
+    return f"{place}: {name}{given}: {reason}" if name else f"{place}: {reason}"
+
+
+def _known(path: tuple) -> list[str]:
+    """Field names of the section at a pydantic error path."""
+    section: Any = TrainConfig
+    for part in path:
+        if part in ("mxfp4", "nvfp4"):
+            section = {"mxfp4": Mxfp4Quant, "nvfp4": Nvfp4Quant}[part]
+        elif part != "quant":
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,251 @@
+"""One training step as a pure function: gradients of the global batch, clipped AdamW, non-finite updates left out.
+
+    loss = sum over all microbatches of  sum(weight * nll)  /  sum of weights of the whole global batch
+
+so neither the number of microbatches, nor packing, nor padding, nor the mesh changes loss or gradients beyond rounding. Gradients of microbatches
+are summed in float32. float32 masters are differentiated directly; the cast to the compute dtype happens inside the forward pass, and for the
+expert projections it is `expert_quant` that makes it: a plain cast in SFT (None), fake quantization in QAT. Nothing else differs.
+
+The rows of a batch are dealt to microbatches in turn (row r to microbatch r mod A), so that a batch sharded over rows stays where it is.
+
+Legend: A microbatches  B rows  T tokens of a row
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
+from gptoss_jax.model.context import ExpertQuant
+from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.training.config import TrainConfig
+from gptoss_jax.training.optimizer import Optimizer, apply_updates, init_moments, make_optimizer
+
+Params = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. `skipped` counts the updates left out because loss or gradient was not finite."""
+
+    step: Int[Array, ""]
+    params: dict[str, Array]
+    opt_state: optax.OptState
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+
+
+class Shardings(NamedTuple):
+    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars."""
+
+    params: Mapping[str, Sharding]
+    batch: Sharding
+    scalar: Sharding
+
+
+class Captured(NamedTuple):
+    """What the training program consumed on one batch: compute weights and codes by parameter name, shaped like the parameters."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    weights: dict[str, Array]
+    codes: dict[str, Any]
+
+
+def init_state(config: GptOssConfig, train: TrainConfig, params: Params, shardings: Shardings | None = None) -> TrainState:
+    """Fresh optimizer on given parameters, which are cast to the master dtype. The start of an SFT run and of the QAT run after it.
+
+    float32 masters from bfloat16 weights are exact; bfloat16 masters from float32 weights round.
+    """
+    make, out = _init(config, train), state_shardings(config, train, shardings)
+    return jax.jit(make, out_shardings=out)(dict(params))
+
+
+def _init(config: GptOssConfig, train: TrainConfig) -> Callable[[Params], TrainState]:
+    optimizer = make_optimizer(train, abstract_params(config))
+
+    def init(params):
+        masters = {name: param.astype(train.master_dtype) for name, param in params.items()}
+        return TrainState(jnp.int32(0), masters, init_moments(optimizer, masters), jnp.int32(0), jnp.int32(0))
+
+    return init
+
+
+def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None = None) -> TrainState:
+    """Shapes, dtypes (and shardings) of the state; allocates nothing. The target of a restore."""
+    state = jax.eval_shape(_init(config, train), abstract_params(config, jnp.dtype(train.master_dtype)))
+    if shardings is None:
+        return state
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, state, state_shardings(config, train, shardings))
+
+
+def state_shardings(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None) -> Any:
+    """Sharding of every leaf: moments lie where their parameter lies. None without a mesh."""
+    if shardings is None:
+        return None
+
+    def sharding(path, leaf):
+        name = getattr(path[-1], "key", None)
+        return shardings.params[name] if name in shardings.params else shardings.scalar
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state(config, train))
+
+
+def _split(batch, num_microbatches: int):
+    """[B, T] leaves to [A, B/A, T]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False) -> Callable:
+    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch."""
+    dtype = jnp.dtype(train.compute_dtype)
+
+    def loss(trained, frozen, batch, total_weight, total_tokens):
+        params = {**trained, **frozen}
+        out = forward(
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture
+        )
+        with jax.named_scope("loss"):
+            nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        nll = nll / total_weight
+        aux = jnp.float32(0)
+        if train.router_aux_loss_coef:
+            # per microbatch, as every trainer does, weighted by its tokens: the product of two means is not a sum over tokens
+            share = jnp.sum(batch.segment_ids_BT > 0) / total_tokens
+            aux = load_balancing_loss(out.router) * share
+        return nll + train.router_aux_loss_coef * aux, (nll, aux, out.captured)
+
+    return loss
+
+
+class _Grads(NamedTuple):
+    grads: dict[str, Array]
+    nll: Array
+    aux: Array
+
+
+def _gradients(loss: Callable, train: TrainConfig, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch) -> tuple[_Grads, Any]:
+    """Gradients of the whole batch over the trained parameters, and what the last microbatch captured."""
+    trained = {name: params[name] for name in optimizer.trained}
+    frozen = {name: param for name, param in params.items() if name not in trained}
+    weight = jnp.sum(batch.loss_weights_BT)
+    # a batch without trained tokens has loss 0, not 0/0
+    total_weight = jnp.where(weight > 0, weight, 1.0)
+    total_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
+
+    def place(grads):
+        if shardings is None:
+            return grads
+        return {name: lax.with_sharding_constraint(grad, shardings.params[name]) for name, grad in grads.items()}
+
+    def microbatch_grads(microbatch):
+        (_, (nll, aux, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
+        # bfloat16 masters give bfloat16 gradients; sums, norm and moments are float32
+        return _Grads(place(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)), nll, aux), captured
+
+    num_microbatches = train.batch.accumulation
+    if num_microbatches == 1:
+        return microbatch_grads(batch)
+
+    microbatches = _split(batch, num_microbatches)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes, captured_shapes = jax.eval_shape(microbatch_grads, first)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+    start = zeros(shapes)
+    start = start._replace(grads=place(start.grads))
+
+    def body(carry, microbatch):
+        sums, _ = carry
+        new, captured = microbatch_grads(microbatch)
+        return (jax.tree.map(jnp.add, sums, new), captured), None
+
+    (sums, captured), _ = lax.scan(body, (start, zeros(captured_shapes)), microbatches)
+    return sums, captured
+
+
+def _jit(function: Callable, in_shardings, out_shardings, shardings: Shardings | None, donate: bool = False) -> Callable:
+    donated = (0,) if donate else ()
+    if shardings is None:
+        return jax.jit(function, donate_argnums=donated)
+    return jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donated)
+
+
+def make_train_step(
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None = None, shardings: Shardings | None = None
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The compiled `train_step(state, batch) -> (state, metrics)`; the state is donated.
+
+    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row.
+    When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
+    """
+    optimizer = make_optimizer(train, abstract_params(config))
+    loss = make_loss(config, train, expert_quant)
+
+    def train_step(state: TrainState, batch):
+        (grads, nll, aux), _ = _gradients(loss, train, optimizer, shardings, state.params, batch)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
+            finite = jnp.isfinite(norm) & jnp.isfinite(nll) & jnp.isfinite(aux)
+            trained = {name: state.params[name] for name in optimizer.trained}
+            moved, opt_state = apply_updates(optimizer, trained, grads, state.opt_state, state.step)
+            moved, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, opt_state), (trained, state.opt_state))
+        skipped = 1 - finite.astype(jnp.int32)
+        in_row = (state.skipped_in_row + 1) * skipped
+        metrics = {
+            "loss": nll,
+            "aux_loss": aux,
+            "grad_norm": norm,
+            "lr": optimizer.schedule(state.step),
+            "tokens": jnp.sum(batch.segment_ids_BT > 0),
+            "trained_tokens": jnp.sum(batch.loss_weights_BT > 0),
+            "skipped": skipped,
+            "skipped_in_row": in_row,
+        }
+        return TrainState(state.step + 1, {**state.params, **moved}, opt_state, state.skipped + skipped, in_row), metrics
+
+    where = state_shardings(config, train, shardings)
+    return _jit(train_step, shardings and (where, shardings.batch), shardings and (where, shardings.scalar), shardings, donate=True)
+
+
+def make_eval_step(
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None = None, shardings: Shardings | None = None
+) -> Callable[[Params, Any], tuple[Array, Array]]:
+    """The compiled `eval_step(params, batch) -> (sum of weight * nll, sum of weights)` under the numerics of training, so the loss of a QAT run
+    is that of its quantized weights. Sums, so that batches of different sizes average rightly."""
+    dtype = jnp.dtype(train.compute_dtype)
+
+    def eval_step(params, batch):
+        out = forward(
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, remat=False
+        )
+        nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        return nll, jnp.sum(batch.loss_weights_BT)
+
+    return _jit(eval_step, shardings and (dict(shardings.params), shardings.batch), shardings and shardings.scalar, shardings)
+
+
+def make_capture_step(
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant, shardings: Shardings | None = None
+) -> Callable[[TrainState, Any], Captured]:
+    """The compiled `capture_step(state, batch) -> Captured`: forward and backward exactly as in `train_step` (scan, remat, microbatches, sharding),
+    without the update, handing out the expert weights that it computed with and the codes those were decoded from."""
+    optimizer = make_optimizer(train, abstract_params(config))
+    loss = make_loss(config, train, expert_quant, capture=True)
+
+    def capture_step(state: TrainState, batch):
+        (grads, nll, _), captured = _gradients(loss, train, optimizer, shardings, state.params, batch)
+        weights = {name: weight for name, (weight, _) in captured.items()}
+        codes = {name: codes for name, (_, codes) in captured.items()}
+        return Captured(nll, optax.global_norm(grads), weights, codes)
+
+    where = state_shardings(config, train, shardings)
+    if shardings is None:
+        return jax.jit(capture_step)
+    return jax.jit(capture_step, in_shardings=(where, shardings.batch))
