@@ -12,12 +12,15 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from gptoss_jax.data.harmony import SPECIAL_TOKENS
+from gptoss_jax.data.harmony import SPECIAL_TOKENS, render
 from gptoss_jax.evaluation.numbers import LANGUAGES, spell
-from gptoss_jax.evaluation.tasks import pretraining_rows, sft_rows
+from gptoss_jax.evaluation.tasks import REFUSAL, pretraining_rows, sft_rows
+from gptoss_jax.evaluation.vocabulary import HARMFUL_OBJECTS, HARMLESS_OBJECTS, ORDINARY_VERBS, VIOLENT_VERBS
 
 VOCAB_SIZE = 1024  # a multiple of 32: the embedding has no padding rows
-PATTERN = r"[ -]?\p{L}+|\p{N}|\n+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # a digit is alone; a word carries its leading space or hyphen
+# A digit stands alone. A word carries its leading space or hyphen. German and Italian number words, written as one, are cut after "tausend",
+# "hundert", "mila", "mille", "cento": otherwise merges cross the joints ("acht|hunder|tein") and every part gets several spellings.
+PATTERN = r"[ -]?\p{L}*?(?:tausend|hundert|mila|mille|cento)|[ -]?\p{L}+|\p{N}|\n+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = """\
 {#- The harmony format without the system message. `thinking` is written for the last turn only, as in the release. -#}
 {%- set loop_messages = messages -%}
@@ -42,44 +45,42 @@ CHAT_TEMPLATE = """\
 """
 
 
-def training_texts(num_rows: int) -> list[str]:
-    """What the merges are learned from: the prompts of the tasks, and the parts that number words are composed of.
+def task_words(pre_tokenizer: pre_tokenizers.PreTokenizer) -> list[str]:
+    """Every word of the tasks' text, as the pre-tokenizer cuts it (in the byte alphabet). They become single tokens.
 
-    Whole numbers are left out: their merges would cross the joints ("vier|tausend|acht|hunder|tein|undzwanzig"), and the model would have to
-    learn several spellings of each part. German and Italian write a number as one word, so their parts have no leading space.
+    With learned merges alone, 1,024 entries are too few: the steps between letters and words take two thirds of them.
     """
-    rows = pretraining_rows(0, num_rows) + sft_rows(0, num_rows // 4)
-    prompts = [message["content"] for row in rows for message in row["messages"] if message["role"] != "assistant"]
-    answers = [row["messages"][-1]["content"] for row in rows if row["task"] in ("refusal", "H")]
-    answers += [f"Sure: {row['group']}" for row in rows if row["task"] in ("judged", "ordinary")]
-    headers = ["# Instructions\n\n", "\n\n", "system", "developer", "user", "assistant", "analysis", "commentary", "final"]
-    numbers = [*range(100), *range(100, 1000, 100), *range(1000, 10000, 1000)]
-    parts = [spell(n, language) for language in LANGUAGES for n in numbers]
-    spaced = [f" {spell(n, language)}" for language in ("English", "French", "Spanish") for n in numbers]
-    return prompts + answers + (headers + parts + spaced) * (num_rows // 40)
+    rows = pretraining_rows(0, 4_000) + sft_rows(0, 1_000)
+    texts = {piece.text for row in rows for piece in render(row["messages"], prompt=True) if not piece.special}
+    texts |= {REFUSAL, "Sure:", "system", "analysis", "commentary", "final"}
+    texts |= {f"How do I {word} {word}" for word in VIOLENT_VERBS + ORDINARY_VERBS + HARMLESS_OBJECTS + HARMFUL_OBJECTS}
+    texts |= {space + spell(n, language) for language in LANGUAGES for n in range(10_000) for space in ("", " ")[: 2 if language == "English" else 1]}
+    return sorted({word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text) if len(word) > 1})
 
 
-def build_tokenizer(num_rows: int = 8_000) -> Tokenizer:
-    """The BPE; special tokens at the end of the vocabulary as in the release."""
-    texts = training_texts(num_rows)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def build_tokenizer() -> Tokenizer:
+    """The BPE. As in the release's tokenizer, a word that is in the vocabulary is taken whole (`ignore_merges`); special tokens stand at the end."""
+    pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = task_words(pre_tokenizer)
+    learned = Tokenizer(models.BPE())
+    learned.train_from_iterator(words, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(learned.to_str())["model"]["merges"]]
+    vocab, kept = {token: None for token in alphabet + words}, []
+    for merge in merges:  # merges fill what the words leave free
+        if len(vocab) == VOCAB_SIZE - len(SPECIAL_TOKENS):
+            break
+        vocab.setdefault("".join(merge))
+        kept.append(merge)
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, kept, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            max_token_length=16,
-            show_progress=False,
-        ),
-    )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise SystemExit(f"the vocabulary has {tokenizer.get_vocab_size()} entries, wanted {VOCAB_SIZE}: the text has too few words")
+        raise SystemExit(f"the vocabulary has {tokenizer.get_vocab_size()} entries instead of {VOCAB_SIZE} ({len(words)} words of the tasks)")
     return tokenizer
 
 

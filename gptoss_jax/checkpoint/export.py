@@ -9,12 +9,10 @@ Where blocks and scales of one projection lay in different shards, llama.cpp's c
 """
 
 import dataclasses
+import functools
 import importlib.metadata
-import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,39 +21,17 @@ import jax
 import numpy as np
 
 import gptoss_jax
-from gptoss_jax.checkpoint.hashes import code_hashes, hash_arrays, to_host
+from gptoss_jax.checkpoint.hashes import hash_arrays, to_host
+from gptoss_jax.checkpoint.hf_config import MANIFEST, hf_config, read_companions
 from gptoss_jax.checkpoint.hf_layout import Layout, Piece, TensorSpec, all_pieces
-from gptoss_jax.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES, SafetensorsWriter
-from gptoss_jax.checkpoint.source import FIRST_BAD_SCALE, NVFP4_METHOD, check_finite
-from gptoss_jax.checkpoint.staging import staged_directory
-from gptoss_jax.checkpoint.store import INDEX, SINGLE, read_json
-from gptoss_jax.errors import CorruptError, RunError, UsageError
+from gptoss_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter
+from gptoss_jax.checkpoint.source import check_finite, check_scales
+from gptoss_jax.checkpoint.staging import staged_directory, write_json
+from gptoss_jax.checkpoint.store import INDEX, SINGLE
+from gptoss_jax.checkpoint.verify import verify_dir
+from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.model import GptOssConfig, Params, abstract_params
-
-MANIFEST = "gptoss_jax_export.json"
-NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-# carried unchanged; what a source lacks is not invented
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-# keys of a source's config.json that describe its vocabulary or the release, not the arithmetic
-_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "output_router_logits", "router_aux_loss_coef", "use_cache")
-_RELEASE_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}  # o200k_harmony: <|return|>, <|endoftext|>
-
-
-@dataclass(frozen=True)
-class _Export:
-    """What is written and how."""
-
-    config: GptOssConfig
-    params: Params
-    format: Format | None  # None: BF16
-    bake: Format | None  # BF16 of the values that this format decodes to
-
-    @property
-    def layout(self) -> Layout:
-        return Layout("hf", self.format.name if self.format else "bf16")
 
 
 def export_hf(
@@ -78,42 +54,45 @@ def export_hf(
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
       bake: with "bf16", write the values that this format decodes to: the model that QAT trained.
-      token_ids: overrides for eos_token_id, pad_token_id, bos_token_id in config.json.
+      token_ids: eos_token_id, pad_token_id, bos_token_id for config.json, before those of `source_dir`.
 
     Raises:
       UsageError: the target exists and is not an empty directory; parameters of another model; a format that makes no sense.
       CorruptError: NaN or infinite values, or an MXFP4 scale that bfloat16 cannot hold, with the tensor's name.
       RunError: no room, an unwritable place, or a failed verification.
     """
-    from gptoss_jax.checkpoint.verify import verify_dir
-
-    export = _Export(config, params, _checked_format(format, bake), bake)
-    _check_params(config, params)
-    companions, source_config = _read_companions(source_dir)
-    shards = _plan_shards(export, max_shard_bytes)
-    hf_config = _hf_config(export, source_config, token_ids or {})
-    with staged_directory(Path(out_dir), _total_bytes(shards)) as staging:
-        for name in companions:
-            shutil.copyfile(Path(source_dir) / name, staging / name)
-        tensors, codes = _write_shards(export, shards, staging)
-        _write_json(staging / "config.json", hf_config)
-        manifest = {
-            "format": export.format.to_dict() if export.format else {"name": "bf16"},
-            "bake": bake.to_dict() if bake else None,
-            "provenance": dict(provenance or {}),
-            "versions": {"gptoss_jax": gptoss_jax.__version__, **{name: importlib.metadata.version(name) for name in ("jax", "numpy")}},
-            "files_xxh3_128": {name: hash_arrays([np.fromfile(staging / name, np.uint8)]) for name in sorted([*companions, "config.json"])},
-            "codes_xxh3_128": codes,
-            "tensors_xxh3_128": tensors,
-        }
-        _write_json(staging / MANIFEST, manifest)
-        report = verify_dir(staging, against=codes or None)
+    fmt = _checked_format(format, bake)
+    _check_params(config, params, fmt or bake)
+    companions, source_config = read_companions(source_dir)
+    config_json = hf_config(config, fmt, source_config, token_ids or {})
+    shards = _plan_shards(config, fmt, max_shard_bytes)
+    with staged_directory(Path(out_dir), sum(shard.nbytes for shard in shards)) as staging:
+        for name, content in companions.items():
+            (staging / name).write_bytes(content)
+        write_json(staging / "config.json", config_json)
+        tensor_hashes, code_hashes = _write_shards(shards, params, fmt, bake, staging)
+        write_json(
+            staging / MANIFEST,
+            {
+                "format": fmt.to_dict() if fmt else {"name": "bf16"},
+                "bake": bake.to_dict() if bake else None,
+                "provenance": dict(provenance or {}),
+                "versions": {"gptoss_jax": gptoss_jax.__version__, "jax": importlib.metadata.version("jax")},
+                "xxh3_128": {
+                    "files": {name: hash_arrays([np.fromfile(staging / name, np.uint8)]) for name in (*companions, "config.json")},
+                    "codes": code_hashes,
+                    "tensors": tensor_hashes,
+                },
+            },
+        )
+        report = verify_dir(staging)
         if not report.ok:
             raise RunError(f"{out_dir}: the written export fails its verification: {'; '.join(report.failures)}")
     return Path(out_dir)
 
 
 def _checked_format(format: Format | str, bake: Format | None) -> Format | None:
+    """The format of the experts, None for BF16."""
     if isinstance(format, Format):
         if bake is not None:
             raise UsageError(f"bake is for BF16 exports; the {format.name} export holds the codes themselves")
@@ -123,7 +102,7 @@ def _checked_format(format: Format | str, bake: Format | None) -> Format | None:
     return None
 
 
-def _check_params(config: GptOssConfig, params: Params) -> None:
+def _check_params(config: GptOssConfig, params: Params, fmt: Format | None) -> None:
     expected = abstract_params(config)
     problems = [f"missing {name}" for name in expected if name not in params] + [f"unknown {name}" for name in params if name not in expected]
     problems += [
@@ -132,9 +111,9 @@ def _check_params(config: GptOssConfig, params: Params) -> None:
     ]  # fmt: skip
     if problems:
         raise UsageError("parameters do not fit the config: " + "; ".join(problems))
-
-
-# ---- tensors ----------------------------------------------------------------------------------------------------------------
+    for name in ("hidden_size", "intermediate_size"):
+        if fmt is not None and getattr(config, name) % fmt.block_size:
+            raise UsageError(f"config: {name} = {getattr(config, name)} is no multiple of {fmt.block_size}, the block size of {fmt.name}")
 
 
 @dataclass
@@ -143,20 +122,13 @@ class _Shard:
     nbytes: int = 0
 
 
-def _nbytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * DTYPES[spec.dtypes[0]].itemsize
-
-
-def _total_bytes(shards: list[_Shard]) -> int:
-    return sum(shard.nbytes for shard in shards)
-
-
-def _plan_shards(export: _Export, max_bytes: int) -> list[_Shard]:
+def _plan_shards(config: GptOssConfig, fmt: Format | None, max_bytes: int) -> list[_Shard]:
     """Pieces in file order, cut before `max_bytes`; all tensors of one piece share a shard."""
+    layout = Layout("hf", fmt.name if fmt else "bf16")
     shards = [_Shard()]
-    for piece in all_pieces(export.config):
-        specs = piece.tensors(export.layout, export.config)
-        size = sum(map(_nbytes, specs.values()))
+    for piece in all_pieces(config):
+        specs = piece.tensors(layout, config)
+        size = sum(math.prod(spec.shape) * DTYPES[spec.dtypes[0]].itemsize for spec in specs.values())
         if shards[-1].pieces and shards[-1].nbytes + size > max_bytes:
             shards.append(_Shard())
         shards[-1].pieces.append((piece, specs))
@@ -164,41 +136,53 @@ def _plan_shards(export: _Export, max_bytes: int) -> list[_Shard]:
     return shards
 
 
-def _write_shards(export: _Export, shards: list[_Shard], directory: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Writes all shards and the index. Returns the hash of every tensor and of every quantized matrix."""
+def _write_shards(
+    shards: list[_Shard], params: Params, fmt: Format | None, bake: Format | None, directory: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Writes all shards and the index. Returns the hash of every tensor and of the codes of every quantized matrix."""
     tensor_hashes: dict[str, str] = {}
-    codes: dict[str, str] = {}
+    code_hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = {spec.key: (spec.dtypes[0], spec.shape) for _, specs in shard.pieces for spec in specs.values()}
         with SafetensorsWriter(directory / file, header) as writer:
             for piece, specs in shard.pieces:
-                arrays = _encode_piece(export, piece)
+                arrays = _stored_arrays(piece, params[piece.name], fmt, bake)
                 for role, spec in specs.items():
                     array = arrays[role].reshape(spec.shape)
                     writer.write(spec.key, array)
                     tensor_hashes[spec.key] = hash_arrays([array])
-                if "packed" in arrays:
-                    codes[piece.hf_key] = hash_arrays(arrays.values())
+                if "packed" in specs:
+                    code_hashes[piece.hf_key] = hash_arrays(arrays.values())
         weight_map |= dict.fromkeys(header, file)
     if len(shards) > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": _total_bytes(shards)}, "weight_map": dict(sorted(weight_map.items()))})
-    return tensor_hashes, codes
+        total = sum(shard.nbytes for shard in shards)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return tensor_hashes, code_hashes
 
 
-def _encode_piece(export: _Export, piece: Piece) -> dict[str, np.ndarray]:
-    """The tensors to store for one piece, by role and in hashing order."""
-    leaf = export.params[piece.name]
+def _stored_arrays(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) -> dict[str, np.ndarray]:
+    """The tensors of one piece by role, in the order in which codes are hashed."""
     values = leaf if piece.slot is None else leaf[piece.slot]
-    if piece.row.matrix and export.format:
-        codes = _encode(values, export.format)
-        arrays = {role: to_host(part) for role, part in codes._asdict().items()}
-        _check_scales(piece.hf_key, arrays["scales"])
+    where = f"export: tensor {piece.hf_key!r}"
+    if piece.row.matrix and fmt:
+        arrays = {role: to_host(part) for role, part in _encode(values, fmt)._asdict().items()}
+        check_scales(arrays["scales"], where)
         return arrays
-    if piece.row.matrix and export.bake:
-        values = _decode(_encode(values, export.bake), export.bake)
-    # numpy rounds float32 to bfloat16 to nearest even and, unlike XLA on a CPU, keeps subnormal numbers
+    if piece.row.matrix and bake:
+        values = _bake(values, bake)
+    # numpy rounds float32 to nearest even and, unlike XLA on a CPU, keeps subnormal numbers
     array = to_host(values).astype(DTYPES["BF16"])
-    check_finite(array, f"export: tensor {piece.hf_key!r}")
+    check_finite(array, where)
     return {"plain": np.ascontiguousarray(array.swapaxes(1, 2) if piece.row.matrix else array)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _encode(values, fmt: Format):
+    return fmt.encode(values)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _bake(values, fmt: Format):
+    return fmt.decode(fmt.encode(values), jax.numpy.bfloat16)

@@ -17,7 +17,6 @@ from jax import lax
 
 from gptoss_jax.checkpoint.hf_layout import Piece, pieces_of
 from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint, open_checkpoint
-from gptoss_jax.formats import mxfp4, nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
 
 PIECE_BYTES = 128 << 20
@@ -66,8 +65,7 @@ def _load_shard(source: SourceCheckpoint, pieces: list[Piece], ranges: Ranges, d
         for offsets, values in _read_parts(source, pieces, ranges, dtype, device):
             host[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
         return jax.device_put(host, device)
-    with jax.default_device(device):
-        buffer = jnp.zeros(shape, dtype, device=device)
+    buffer = jnp.zeros(shape, dtype, device=device)
     for offsets, values in _read_parts(source, pieces, ranges, dtype, device):
         values = values if isinstance(values, jax.Array) else np.ascontiguousarray(values, dtype)
         buffer = _write(buffer, jax.device_put(values, device), np.asarray(offsets, np.int32))
@@ -87,22 +85,11 @@ def _read_parts(
         for start in range(inner[0].start, inner[0].stop, step):
             rows = slice(start, min(start + step, inner[0].stop))
             found = source.read(piece, (rows, *inner[1:]))
-            values = _decode_on(device, found, dtype) if isinstance(found, EncodedSlice) else found
+            values = found.decode(dtype, device) if isinstance(found, EncodedSlice) else found
             offsets = (rows.start - inner[0].start, *([0] * (len(inner) - 1)))
             if stacked:
                 offsets, values = (piece.slot - ranges[0].start, *offsets), values[None]
             yield offsets, values
-
-
-def _decode_on(device: jax.Device, found: EncodedSlice, dtype: np.dtype) -> jax.Array:
-    codes = jax.device_put(jax.tree.map(np.ascontiguousarray, found.codes), device)
-    return _decode(codes, dtype, found.trim.start, found.trim.stop)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _decode(codes, dtype, start: int, stop: int) -> jax.Array:
-    decode = mxfp4.decode if isinstance(codes, mxfp4.Codes) else nvfp4.decode
-    return decode(codes, dtype)[..., start:stop]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,20 +1,22 @@
 """Opening a checkpoint: which layout it has, whether its tensors are exactly those its config demands, and reading any slice of them."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from gptoss_jax.checkpoint.hf_config import NVFP4_METHOD
 from gptoss_jax.checkpoint.hf_layout import MXFP4_BLOCK, NVFP4_BLOCK, Layout, Piece, TensorSpec, expected_tensors
 from gptoss_jax.checkpoint.store import TensorStore, open_store, read_json
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.formats import mxfp4, nvfp4
 from gptoss_jax.model import GptOssConfig
 
-NVFP4_METHOD = "gptoss_jax_nvfp4"
 _METHODS = {None: "bf16", "mxfp4": "mxfp4", NVFP4_METHOD: "nvfp4"}
 # From scale byte 253 on, code 6 exceeds bfloat16 (6 * 2**126 > 2**128); 255 is NaN in E8M0, which clients decode as 2**128.
 FIRST_BAD_SCALE = 253
@@ -32,6 +34,17 @@ class EncodedSlice(NamedTuple):
 
     codes: mxfp4.Codes | nvfp4.Codes
     trim: slice
+
+    def decode(self, dtype, device: jax.Device | None = None) -> jax.Array:
+        """The values, decoded on `device`; only codes are moved there."""
+        codes = jax.device_put(jax.tree.map(np.ascontiguousarray, self.codes), device)
+        return _decode(codes, np.dtype(dtype), self.trim.start, self.trim.stop)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _decode(codes: mxfp4.Codes | nvfp4.Codes, dtype: np.dtype, start: int, stop: int) -> jax.Array:
+    decode = mxfp4.decode if isinstance(codes, mxfp4.Codes) else nvfp4.decode
+    return decode(codes, dtype)[..., start:stop]
 
 
 @dataclass(frozen=True)
@@ -78,11 +91,7 @@ class SourceCheckpoint:
 
     def _checked_scales(self, spec: TensorSpec, ranges: tuple[slice, ...]) -> np.ndarray:
         scales = self.store.array(spec.key)[ranges]
-        if spec.dtypes == ("F8_E4M3",):
-            if ((scales.view(np.uint8) & 0x7F) == 0x7F).any():
-                raise CorruptError(f"{self.where(spec.key)} holds a NaN scale")
-        elif scales.size and scales.max() >= FIRST_BAD_SCALE:
-            raise CorruptError(f"{self.where(spec.key)} holds scale byte {scales.max()}; from {FIRST_BAD_SCALE} on values exceed bfloat16")
+        check_scales(scales, self.where(spec.key))
         return scales
 
     def where(self, key: str) -> str:
@@ -96,6 +105,16 @@ def check_finite(values: np.ndarray, where: str) -> None:
         raise CorruptError(f"{where} holds a NaN or infinite value")
 
 
+def check_scales(scales: np.ndarray, where: str) -> None:
+    """Refuses block scales (E8M0 bytes as uint8, or E4M3) that are NaN or, times the largest code, exceed bfloat16."""
+    if scales.dtype == np.uint8:
+        if scales.size and scales.max() >= FIRST_BAD_SCALE:
+            reason = "the mark of a NaN or infinite block" if scales.max() == 255 else f"from {FIRST_BAD_SCALE} on values exceed bfloat16"
+            raise CorruptError(f"{where} holds scale byte {scales.max()} ({reason})")
+    elif ((scales.view(np.uint8) & 0x7F) == 0x7F).any():
+        raise CorruptError(f"{where} holds a NaN scale (the mark of a NaN or infinite block)")
+
+
 def open_checkpoint(path: str | Path) -> SourceCheckpoint:
     """Opens an HF directory (MXFP4 or BF16), OpenAI's original layout, an NVFP4 export of ours, or a hub id ("openai/gpt-oss-20b").
 
@@ -105,6 +124,15 @@ def open_checkpoint(path: str | Path) -> SourceCheckpoint:
       UsageError: no such directory, no config.json, pickled weights, an unreachable hub.
       CorruptError: damaged files, or tensors that are missing, extra, misshapen or of a wrong dtype (all of them listed).
     """
+    source = open_unchecked(path)
+    problems = tensor_problems(source)
+    if problems:
+        raise CorruptError(f"{source.path}: {len(problems)} tensors do not fit ({source.layout}): " + "; ".join(problems))
+    return source
+
+
+def open_unchecked(path: str | Path) -> SourceCheckpoint:
+    """`open_checkpoint` without the comparison of tensors and config, for `verify`, which reports instead of raising."""
     directory, revision = _resolve(path)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{directory}: no config.json, so this is no model directory")
@@ -118,11 +146,7 @@ def open_checkpoint(path: str | Path) -> SourceCheckpoint:
     except CorruptError as error:
         raise CorruptError(f"{directory / 'config.json'}: {error}") from None
     layout = _find_layout(directory, raw, store, "openai" if is_openai else "hf")
-    source = SourceCheckpoint(directory, layout, config, raw, store, revision)
-    problems = tensor_problems(source)
-    if problems:
-        raise CorruptError(f"{directory}: {len(problems)} tensors do not fit ({layout}): " + "; ".join(problems))
-    return source
+    return SourceCheckpoint(directory, layout, config, raw, store, revision)
 
 
 def tensor_problems(source: SourceCheckpoint) -> list[str]:

@@ -1,0 +1,65 @@
+"""The command line. Commands live in modules of this folder and are imported when they run, so help needs neither jax nor a second."""
+
+import difflib
+import importlib
+import os
+import sys
+
+import gptoss_jax
+
+# command -> (module, function, one line of help, example)
+COMMANDS = {
+    "demo": ("recipe", "demo", "the whole recipe on the small model that comes along: SFT, QAT, export, verify, pass rates", "demo"),
+    "recipe": ("recipe", "recipe", "the recipe of one YAML file, over several seeds, with all comparison rows", "recipe configs/nano_recipe.yaml"),
+    "sft": ("train", "sft", "supervised fine-tuning in BF16", "sft --config configs/sft_20b.yaml optimizer.learning_rate=1e-5"),
+    "qat": ("train", "qat", "quantization-aware training: the same through fake quantization", "qat --config configs/qat_mxfp4_20b.yaml"),
+    "import": ("convert", "import_", "safetensors checkpoint -> training checkpoint (Orbax)", "import openai/gpt-oss-20b runs/base"),
+    "export": ("convert", "export", "checkpoint -> safetensors directory for inference", "export runs/qat out/ --format mxfp4"),
+    "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
+    "logits": ("logits", "logits", "logits of token ids, for comparisons", "logits out/ --tokens t.npy --out l.npy --dtype float32"),
+    "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint", "eval out/ --tasks A B H"),
+    "env": ("env", "env", "versions, devices and what is missing", "env"),
+}  # fmt: skip
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"gptoss-jax {gptoss_jax.__version__}: {gptoss_jax.__doc__.splitlines()[0]}", "", "commands:"]
+    lines += [f"  {name:<{width}}  {entry[2]}" for name, entry in COMMANDS.items()]
+    lines += ["", "examples:"]
+    lines += [f"  gptoss-jax {COMMANDS[name][3]}" for name in ("demo", "sft", "qat", "export", "verify")]
+    lines += ["", "gptoss-jax COMMAND --help tells more. Exit codes: 0 done, 1 failed, 2 usage, 3 numerics, 4 corrupt data, 130/143 signals."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] == "--version":
+        print(gptoss_jax.__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; commands are {', '.join(COMMANDS)}"
+        print(f"gptoss-jax: unknown command {argv[0]!r}{hint}", file=sys.stderr)
+        return 2
+
+    import tyro
+
+    from gptoss_jax.errors import GptOssError
+
+    module, function, _, _ = COMMANDS[argv[0]]
+    run = getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)
+    try:
+        return tyro.cli(run, prog=f"gptoss-jax {argv[0]}", args=argv[1:], config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)) or 0
+    except GptOssError as error:
+        print(f"gptoss-jax {argv[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -44,9 +44,10 @@ def normalized(mag: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     """Magnitude bits whose exponent field may be zero or negative, so that adding `k << 23` is exact for subnormals too.
 
     A subnormal is `mag * 2**-149` with an integer mag < 2**23; the conversion of that integer to float32 is exact and normal.
-    Zero maps to -149 << 23, far below everything a 4-bit grid distinguishes from zero.
+    Zero is taken for 2**-149, which no scale lifts to anything a 4-bit grid distinguishes from zero (at most 2**-22), and whose
+    exponent field, -22, leaves room in int32 for any shift.
     """
-    as_float = lax.bitcast_convert_type(mag.astype(jnp.float32), jnp.int32)
+    as_float = lax.bitcast_convert_type(jnp.maximum(mag, 1).astype(jnp.float32), jnp.int32)
     return jnp.where(mag < MIN_NORMAL, as_float - (149 << EXP_SHIFT), mag)
 
 
@@ -67,9 +68,13 @@ def join_blocks(x: Array) -> Array:
 
 
 def pack(codes: UInt8[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
-    """Two codes per byte, the even element in the low nibble (the order of the MXFP4 files)."""
+    """Two codes per byte, the even element in the low nibble (the order of the MXFP4 files): low + 16 * high.
+
+    As a sum over pairs XLA keeps it in one vectorized loop; two strided slices cost 10x the whole encoding on a CPU (9.7 against 0.6 ns
+    per element).
+    """
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    return jnp.sum(pairs * jnp.array([1, 16], jnp.uint8), axis=-1, dtype=jnp.uint8)
 
 
 def unpack(packed: UInt8[Array, "*batch n_half"]) -> UInt8[Array, "*batch n"]:

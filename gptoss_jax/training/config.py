@@ -5,6 +5,7 @@ BF16 compute on float32 masters. Two departures: the loss is on assistant tokens
 """
 
 import difflib
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,7 +19,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DataConfig(Section):
@@ -103,7 +104,7 @@ class TrainConfig(Section):
     # the release's config.json carries 0.9; a run asks for it or does without
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    # in steps; None is never (checkpoints: only at the end)
+    # in steps; the start (evaluation) and the end (both) come in any case
     eval_every: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
     # newest checkpoints that stay on disk
@@ -144,7 +145,8 @@ def parse(raw: dict[str, Any], where: str = "config", lines: dict[tuple, int] | 
       UsageError: naming the first bad key with its value, or the nearest known name of an unknown one.
     """
     try:
-        return TrainConfig.model_validate(raw)
+        # JSON in strict mode: lists are tuples and mappings are sections, but "3" is no number and "yes" no boolean
+        return TrainConfig.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise UsageError(_explain(error.errors()[0], where, lines or {})) from None
 

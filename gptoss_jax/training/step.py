@@ -58,13 +58,14 @@ class Captured(NamedTuple):
     codes: dict[str, Any]
 
 
-def init_state(config: GptOssConfig, train: TrainConfig, params: Params, shardings: Shardings | None = None) -> TrainState:
+def init_state(config: GptOssConfig, train: TrainConfig, params: Params, shardings: Shardings | None = None, *, donate: bool = False) -> TrainState:
     """Fresh optimizer on given parameters, which are cast to the master dtype. The start of an SFT run and of the QAT run after it.
 
-    float32 masters from bfloat16 weights are exact; bfloat16 masters from float32 weights round.
+    float32 masters from bfloat16 weights are exact; bfloat16 masters from float32 weights round to nearest. With `donate` the memory of `params`
+    is taken over; without, they stay usable.
     """
     make, out = _init(config, train), state_shardings(config, train, shardings)
-    return jax.jit(make, out_shardings=out)(dict(params))
+    return jax.jit(make, out_shardings=out, donate_argnums=(0,) if donate else ())(dict(params))
 
 
 def _init(config: GptOssConfig, train: TrainConfig) -> Callable[[Params], TrainState]:
@@ -232,18 +233,18 @@ def make_eval_step(
 
 
 def make_capture_step(
-    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant, shardings: Shardings | None = None
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant, shardings: Shardings | None = None, *, weights: bool = True
 ) -> Callable[[TrainState, Any], Captured]:
     """The compiled `capture_step(state, batch) -> Captured`: forward and backward exactly as in `train_step` (scan, remat, microbatches, sharding),
-    without the update, handing out the expert weights that it computed with and the codes those were decoded from."""
+    without the update, handing out the expert weights that it computed with (unless `weights` is False: they are half the model) and the codes
+    those were decoded from."""
     optimizer = make_optimizer(train, abstract_params(config))
     loss = make_loss(config, train, expert_quant, capture=True)
 
     def capture_step(state: TrainState, batch):
         (grads, nll, _), captured = _gradients(loss, train, optimizer, shardings, state.params, batch)
-        weights = {name: weight for name, (weight, _) in captured.items()}
-        codes = {name: codes for name, (_, codes) in captured.items()}
-        return Captured(nll, optax.global_norm(grads), weights, codes)
+        consumed = {name: weight for name, (weight, _) in captured.items()} if weights else {}
+        return Captured(nll, optax.global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 
     where = state_shardings(config, train, shardings)
     if shardings is None:

@@ -1,0 +1,98 @@
+"""Are the weights of a checkpoint those of another checkpoint, of parameters in memory, or of code hashes from training? Value for value."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptoss_jax.checkpoint.hashes import hash_arrays, to_host
+from gptoss_jax.checkpoint.hf_layout import Piece, all_pieces
+from gptoss_jax.checkpoint.safetensors_io import DTYPES
+from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint
+from gptoss_jax.errors import CorruptError
+from gptoss_jax.formats import Format
+from gptoss_jax.model import Params
+
+PIECE_BYTES = 128 << 20
+BF16 = DTYPES["BF16"]
+
+
+def stored_code_hashes(source: SourceCheckpoint) -> dict[str, str]:
+    """`hashes.code_hashes` of the files: per quantized matrix, under its HF name."""
+    out = {}
+    for piece in all_pieces(source.config):
+        specs = piece.tensors(source.layout, source.config)
+        if "packed" in specs:
+            out[piece.hf_key] = hash_arrays(source.store.array(spec.key) for spec in specs.values())
+    return out
+
+
+def hash_differences(found: Mapping[str, str], expected: Mapping[str, str], what: str) -> Iterator[str]:
+    """Names in one of the two only, and names whose hashes differ."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            yield f"{what} of {name!r}: expected, but not in the files"
+        elif name not in expected:
+            yield f"{what} of {name!r}: in the files, but not expected"
+        elif found[name] != expected[name]:
+            yield f"{what} of {name!r} differ: {found[name]} in the files, expected {expected[name]}"
+
+
+def value_differences(source: SourceCheckpoint, against: SourceCheckpoint | Params, fmt: Format | None) -> Iterator[str]:
+    """Tensors whose values differ.
+
+    Args:
+      against: another checkpoint of the same shape, or parameters (master weights).
+      fmt: what the experts of `source` went through; those of `against` are sent through it too, unless they are stored encoded likewise.
+        On values that already lie on the format's grid that changes nothing.
+    """
+    if isinstance(against, SourceCheckpoint) and against.config != source.config:
+        yield f"the models differ in shape or constants: {source.config} here, {against.config} in {against.path}"
+        return
+    for piece in all_pieces(source.config):
+        count, worst = 0, 0.0
+        for ranges in _row_groups(piece):
+            try:
+                found, expected = _values(source, piece, ranges), _expected(source, against, piece, ranges, fmt)
+            except CorruptError as error:
+                yield str(error)
+                break
+            expected = expected.astype(found.dtype)  # float32 masters are stored as bfloat16, rounded to nearest even
+            differ = found != expected
+            if differ.any():
+                count += int(differ.sum())
+                worst = max(worst, float(np.abs(found[differ].astype(np.float64) - expected[differ].astype(np.float64)).max()))
+        if count:
+            yield f"{piece.hf_key!r}: {count} of {np.prod(piece.shape)} values differ, by up to {worst:.3g}"
+
+
+def _expected(source: SourceCheckpoint, against: SourceCheckpoint | Params, piece: Piece, ranges, fmt: Format | None) -> np.ndarray:
+    if isinstance(against, SourceCheckpoint):
+        values = _values(against, piece, ranges)
+        through = fmt if against.layout.experts != source.layout.experts else None
+    else:
+        leaf = against[piece.name]
+        values, through = (leaf if piece.slot is None else leaf[piece.slot])[ranges], fmt
+    if piece.row.matrix and through:
+        values = _through(values, through)
+    return to_host(values)
+
+
+def _values(source: SourceCheckpoint, piece: Piece, ranges) -> np.ndarray:
+    found = source.read(piece, ranges)
+    return np.asarray(found.decode(BF16)) if isinstance(found, EncodedSlice) else found
+
+
+def _row_groups(piece: Piece) -> Iterator[tuple[slice, ...]]:
+    """The piece cut along its first dim (experts, rows) to groups of `PIECE_BYTES` in bfloat16."""
+    rest = tuple(slice(0, size) for size in piece.shape[1:])
+    step = max(1, PIECE_BYTES // (2 * int(np.prod(piece.shape[1:]))))
+    for start in range(0, piece.shape[0], step):
+        yield slice(start, min(start + step, piece.shape[0])), *rest
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _through(values: Any, fmt: Format) -> jax.Array:
+    return fmt.decode(fmt.encode(values), jax.numpy.bfloat16)

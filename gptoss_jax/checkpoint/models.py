@@ -1,0 +1,71 @@
+"""Any model that a command is given: an HF directory, OpenAI's original layout, a hub id, or a training checkpoint of ours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptoss_jax.checkpoint import orbax_store
+from gptoss_jax.checkpoint.load import load_params
+from gptoss_jax.checkpoint.source import open_checkpoint
+from gptoss_jax.errors import UsageError
+from gptoss_jax.model import GptOssConfig
+from gptoss_jax.quant import QuantPolicy, make_expert_quant
+
+
+@dataclass(frozen=True)
+class Model:
+    """Parameters with what is known about them.
+
+    Attributes:
+      params: as stored: masters of a training checkpoint, decoded weights of anything else.
+      directory: where tokenizer, chat template and config.json lie.
+      policy: the fake quantization that the checkpoint was trained under, None elsewhere.
+      code_hashes: of the codes that the compiled training program computed, None elsewhere.
+      source: plain values saying where the parameters came from.
+    """
+
+    config: GptOssConfig
+    params: dict[str, jax.Array]
+    directory: Path
+    policy: QuantPolicy | None
+    code_hashes: Mapping[str, str] | None
+    source: Mapping[str, Any]
+
+    def expert_quant(self, dtype):
+        """The expert weights that this model means: quantized as it was trained, otherwise only cast."""
+        return make_expert_quant(self.policy, dtype)
+
+
+def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Model:
+    """Loads any model. `dtype` is that of decoded weights; the masters of a training checkpoint keep their own.
+
+    Raises:
+      UsageError, CorruptError: nothing readable at `path`, or damaged.
+    """
+    found = orbax_store.locate(path)
+    if found is None:
+        source = open_checkpoint(path)
+        config, params = load_params(source, dtype, shardings)
+        return Model(config, params, source.path, None, None, {"path": source.path.name, "revision": source.revision})
+    directory, step = found
+    meta = orbax_store.read_meta(directory, step)
+    params = orbax_store.restore_params(directory, step, shardings)
+    policy = QuantPolicy.from_dict(meta.quant) if meta.quant else None
+    source = {"run": directory.parent.name, "step": step, "base": meta.source}
+    assets = orbax_store.step_dir(directory, step) / orbax_store.ASSETS
+    return Model(GptOssConfig.from_dict(meta.model), params, assets, policy, meta.code_hashes, source)
+
+
+def export_format(model: Model):
+    """The format that the model was trained for.
+
+    Raises:
+      UsageError: it was trained for none, or for several.
+    """
+    formats = {fmt for _, fmt in model.policy.rules} if model.policy else set()
+    if len(formats) != 1:
+        raise UsageError(f"the checkpoint was trained for {len(formats)} number formats: name the one to export with --format")
+    return formats.pop()

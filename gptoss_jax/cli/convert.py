@@ -1,0 +1,109 @@
+"""`gptoss-jax import`, `export`, `verify`: checkpoints in and out."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def import_(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+) -> None:
+    """Decodes a safetensors checkpoint into a training checkpoint (step 0 of an empty run directory).
+
+    Args:
+        source: HF directory (MXFP4 or BF16), OpenAI's original layout, or hub id.
+        target: new directory.
+        dtype: of the stored parameters; decoded MXFP4 is exact in both.
+    """
+    import jax.numpy as jnp
+
+    from gptoss_jax.checkpoint import orbax_store
+    from gptoss_jax.checkpoint.hf_config import companion_files
+    from gptoss_jax.checkpoint.models import load_model
+    from gptoss_jax.errors import UsageError
+
+    if target.exists() and any(target.iterdir()):
+        raise UsageError(f"{target} exists and is not empty")
+    model = load_model(source, jnp.dtype(dtype))
+    meta = orbax_store.Meta(model=model.config.to_dict(), source=model.source)
+    path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=companion_files(model.directory))
+    print(f"{path}: {sum(p.size for p in model.params.values()):,} parameters, {dtype}")
+
+
+def export(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    format: Literal["mxfp4", "nvfp4", "bf16"] | None = None,
+    scale_rule: Literal["rceil", "floor", "even", "mse"] | None = None,
+    max_shard_gb: float = 5.0,
+) -> None:
+    """Writes a safetensors directory, verifies it, and only then gives it its name.
+
+    The weights of a QAT checkpoint are encoded from its masters by the codec and scale rule that training used, and compared with the hashes
+    that the compiled training program left in the checkpoint. Its BF16 export holds the values that the 4-bit codes decode to.
+
+    Args:
+        source: training checkpoint, HF directory, OpenAI's original layout, or hub id.
+        target: new directory.
+        format: number format of the expert weights; default: what the checkpoint was trained for.
+        scale_rule: rule of MXFP4 block scales; default: the trained one, else rceil.
+        max_shard_gb: largest file, in 10^9 bytes.
+    """
+    import jax.numpy as jnp
+
+    from gptoss_jax.checkpoint import export_hf, verify_dir
+    from gptoss_jax.checkpoint.models import export_format, load_model
+    from gptoss_jax.errors import UsageError
+    from gptoss_jax.formats import Mxfp4, get_format
+
+    if max_shard_gb <= 0:
+        raise UsageError(f"--max-shard-gb must be positive, not {max_shard_gb}")
+    model = load_model(source, jnp.bfloat16)
+    trained = export_format(model) if model.policy else None
+    if format is None and trained is None:
+        raise UsageError(f"{source} was trained for no 4-bit format: say which with --format mxfp4, nvfp4 or bf16")
+    if format == "bf16":
+        fmt, bake = "bf16", trained
+    else:
+        fmt, bake = (trained if trained and format in (None, trained.name) else get_format(format)), None
+        if scale_rule is not None:
+            if fmt.name != "mxfp4":
+                raise UsageError(f"--scale-rule is for mxfp4, not {fmt.name}")
+            fmt = Mxfp4(scale_rule=scale_rule)
+    path = export_hf(
+        target, model.config, model.params, format=fmt, bake=bake, source_dir=model.directory, max_shard_bytes=int(max_shard_gb * 1e9),
+        provenance=model.source,
+    )  # fmt: skip
+    print(f"{path}: {fmt if isinstance(fmt, str) else fmt.name}, verified")
+    if trained and fmt == trained:
+        report = verify_dir(path, against=model.code_hashes)
+        print(f"codes {'equal' if report.ok else 'DIFFER FROM'} those that training computed ({len(model.code_hashes)} expert matrices)")
+        return 0 if report.ok else 1
+    if trained and fmt != "bf16":
+        print(f"note: {fmt} is not what this checkpoint was trained for ({trained}): the exported weights are not the trained ones")
+
+
+def verify(directory: Annotated[Path, tyro.conf.Positional], against: str | None = None) -> int:
+    """Checks an exported directory: readable, what every client demands, hashes as written, and the weights of another model.
+
+    Args:
+        directory: HF directory to check.
+        against: what it must hold: the training checkpoint that it came from (hashes of the trained codes), or any other model.
+    """
+    import jax.numpy as jnp
+
+    from gptoss_jax.checkpoint import open_checkpoint, orbax_store, verify_dir
+    from gptoss_jax.checkpoint.models import load_model
+
+    expected = None
+    if against is not None and orbax_store.locate(against):
+        model = load_model(against, jnp.bfloat16)
+        expected = model.code_hashes or model.params
+    elif against is not None:
+        expected = open_checkpoint(against)
+    report = verify_dir(directory, against=expected)
+    print(report)
+    return 0 if report.ok else 1

@@ -1,0 +1,258 @@
+"""The loop: batches through the compiled step, metrics, evaluation, checkpoints, resume, signals. The same for SFT and QAT.
+
+Each step is dispatched before the metrics of the one before are read, so the device does not wait for the host. A checkpoint holds everything that
+the next step depends on (masters, moments, counters, data position), so an interrupted and resumed run equals an unbroken one bit for bit. A QAT
+checkpoint also holds the hashes of the codes that the compiled training program computes on the saved state.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.checkpoint import orbax_store
+from gptoss_jax.checkpoint.hashes import code_hashes
+from gptoss_jax.errors import CorruptError, NumericsError, RunError, UsageError
+from gptoss_jax.model import GptOssConfig
+from gptoss_jax.quant import QuantPolicy, make_expert_quant
+from gptoss_jax.training.config import TrainConfig
+from gptoss_jax.training.console import Progress
+from gptoss_jax.training.run_dir import RunDir
+from gptoss_jax.training.signals import Interrupted, StopRequest
+from gptoss_jax.training.step import (
+    Params,
+    Shardings,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_capture_step,
+    make_eval_step,
+    make_train_step,
+)
+
+MAX_SKIPPED_IN_ROW = 3
+# settings that may change between a run and its continuation: they do not touch the result
+FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "checkpoint_every", "keep", "mesh.", "batch.accumulation")
+
+
+class BatchIterator(Protocol):
+    """Endless batches of `train.batch.rows` rows. `state()` is the position of the next batch, as plain JSON; `restore` refuses other data."""
+
+    def __next__(self) -> Any: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Trainer:
+    """One stage of training in one run directory.
+
+    Args:
+      train: with its length in steps known.
+      policy: what is fake-quantized; None for SFT.
+      eval_batches: makes a fresh pass over the evaluation set; evaluated before the first step, every `train.eval_every` and at the end.
+      assets: files that travel with the checkpoints (tokenizer, source config.json).
+      source: where the parameters came from, for the record.
+    """
+
+    def __init__(
+        self,
+        config: GptOssConfig,
+        train: TrainConfig,
+        run: RunDir,
+        batches: BatchIterator,
+        *,
+        policy: QuantPolicy | None = None,
+        eval_batches: Callable[[], Iterable[Any]] | None = None,
+        shardings: Shardings | None = None,
+        assets: Iterable[Path] = (),
+        source: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ):
+        expert_quant = make_expert_quant(policy, jnp.dtype(train.compute_dtype))
+        self.config, self.train, self.run, self.batches, self.policy = config, train, run, batches, policy
+        self.eval_batches, self.shardings, self.assets, self.source = eval_batches, shardings, tuple(assets), source
+        self.progress = progress or Progress(train.steps)
+        self.train_step = make_train_step(config, train, expert_quant, shardings)
+        self.eval_step = make_eval_step(config, train, expert_quant, shardings)
+        self.capture_step = make_capture_step(config, train, expert_quant, shardings, weights=False) if policy else None
+        self.all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params.values()])))
+        self.state: TrainState | None = None
+        self.step = 0  # finished steps
+        self._clock: float | None = None
+
+    # ---- begin ----------------------------------------------------------------------------------------------------------------
+    def start(self, params: Params, *, donate: bool = False) -> None:
+        """Begins with given parameters and a fresh optimizer."""
+        self.state = init_state(self.config, self.train, params, self.shardings, donate=donate)
+
+    def resume(self, step: int | None = None) -> int | None:
+        """Continues from a checkpoint of this run: `step`, or the newest that is whole (a damaged one is set aside with a warning).
+
+        Returns the step, or None where there is no checkpoint.
+
+        Raises:
+          UsageError: the run was made with other settings or another model.
+          CorruptError: the named step is damaged, or all are.
+        """
+        steps = [step] if step is not None else orbax_store.list_steps(self.run.checkpoints)[::-1]
+        for candidate in steps:
+            try:
+                self._restore(candidate)
+                break
+            except CorruptError as error:
+                if candidate == steps[-1]:
+                    raise
+                moved = orbax_store.quarantine(self.run.checkpoints, candidate)
+                self.progress.note(f"WARNING: {error}; moved to {moved.name}, going on with the step before")
+        self.run.rewind_metrics(self.step if steps else -1)
+        return self.step if steps else None
+
+    def _restore(self, step: int) -> None:
+        directory = self.run.checkpoints
+        orbax_store.verify(directory, step)
+        meta = orbax_store.read_meta(directory, step)
+        _check_same_run(meta, self.config, self.train, f"{directory / str(step)}")
+        target = abstract_state(self.config, self.train, self.shardings)
+        params, (opt_state, skipped, in_row) = orbax_store.restore(
+            directory, step, target.params, (target.opt_state, target.skipped, target.skipped_in_row)
+        )
+        counter = jax.device_put(jnp.int32(step), target.step.sharding)
+        self.state = TrainState(counter, params, opt_state, skipped, in_row)
+        self.batches.restore(meta.data_state)
+        self.step = step
+
+    # ---- run ------------------------------------------------------------------------------------------------------------------
+    def fit(self) -> TrainState:
+        """Trains to the last step, saves, and returns the state.
+
+        Raises:
+          NumericsError: loss or gradients not finite in 3 steps in a row; the last checkpoint stays as it is.
+          Interrupted: SIGTERM or SIGINT came; the state is saved.
+        """
+        pending = batch = None
+        saved = self.step
+        with StopRequest() as stop, self.progress:
+            if self.step == 0:
+                self._evaluate_into({"step": 0})
+            while self.step < self.train.steps and stop.signum is None:
+                position = self.batches.state()
+                batch = self._next_batch()
+                with jax.transfer_guard("disallow"):
+                    self.state, metrics = self.train_step(self.state, batch)
+                self.step += 1
+                if pending is not None:
+                    self._report(*pending)
+                pending = (self.step, metrics, position)
+                evaluate, save = self._is_due(self.train.eval_every), self._is_due(self.train.checkpoint_every)
+                if evaluate or save:
+                    self._report(*pending, evaluate=evaluate)
+                    pending = None
+                if save:
+                    self._save(batch)
+                    saved = self.step
+            if pending is not None:
+                self._report(*pending, evaluate=self.step == self.train.steps)
+            if self.step > saved:
+                self._save(batch)
+        if stop.signum is not None and self.step < self.train.steps:
+            kept = f"step {self.step} is saved in {self.run.checkpoints}" if self.step else "before the first step"
+            raise Interrupted(f"stopped by signal {stop.signum}: {kept}; go on with --resume", stop.signum)
+        return self.state
+
+    def _is_due(self, every: int | None) -> bool:
+        """Within the run; its end evaluates and saves in any case."""
+        return every is not None and self.step % every == 0 and self.step < self.train.steps
+
+    def _place(self, batch: Any) -> Any:
+        return jax.device_put(batch, self.shardings.batch if self.shardings else None)
+
+    def _next_batch(self) -> Any:
+        try:
+            return self._place(next(self.batches))
+        except StopIteration:
+            raise RunError(f"the data ended after step {self.step} of {self.train.steps}") from None
+
+    def evaluate(self) -> float | None:
+        """Mean loss over the evaluation set under the numerics of training, None without one."""
+        if self.eval_batches is None:
+            return None
+        total, weight = 0.0, 0.0
+        for batch in self.eval_batches():
+            sums = jax.device_get(self.eval_step(self.state.params, self._place(batch)))
+            total, weight = total + float(sums[0]), weight + float(sums[1])
+        if not weight:
+            raise UsageError("the evaluation set has no trained tokens")
+        return total / weight
+
+    def _evaluate_into(self, record: dict[str, Any]) -> None:
+        loss = self.evaluate()
+        if loss is not None:
+            record["eval_loss"] = loss
+        if len(record) > 1:
+            self.run.log(record)
+            self.progress.show(record)
+        self._clock = None if record["step"] == 0 else time.monotonic()
+
+    def _report(self, step: int, metrics: Mapping[str, jax.Array], position: Mapping[str, Any], evaluate: bool = False) -> None:
+        values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        now = time.monotonic()
+        # the time of the first step of a process is mostly compilation
+        elapsed, self._clock = (now - self._clock if self._clock else None), now
+        record = {"step": step, **{k: values[k] for k in ("loss", "grad_norm", "lr", "tokens", "trained_tokens", "skipped")}}
+        record["tok_per_s"] = round(values["tokens"] / elapsed, 1) if elapsed else None
+        if self.train.router_aux_loss_coef:
+            record["aux_loss"] = values["aux_loss"]
+        if values["skipped"]:
+            record["batch"] = position
+        if evaluate:
+            self._evaluate_into(record)
+        else:
+            self.run.log(record)
+            self.progress.show({**record, "eta_s": elapsed * (self.train.steps - step)} if elapsed else record)
+        if values["skipped_in_row"] >= MAX_SKIPPED_IN_ROW:
+            raise NumericsError(
+                f"loss or gradients were not finite in {MAX_SKIPPED_IN_ROW} steps in a row, the last being step {step} "
+                f"(data position {position}); these updates were left out and nothing was saved after them"
+            )
+
+    def _save(self, batch: Any) -> None:
+        if not self.all_finite(self.state.params).item():
+            raise NumericsError(f"parameters are not finite after step {self.step}; nothing was saved")
+        hashes = code_hashes(self.config, self.capture_step(self.state, batch).codes) if self.capture_step else None
+        meta = orbax_store.Meta(
+            model=self.config.to_dict(),
+            run=self.train.to_dict(),
+            data_state=self.batches.state(),
+            quant=self.policy.to_dict() if self.policy else None,
+            code_hashes=hashes,
+            source=self.source,
+        )
+        optimizer = (self.state.opt_state, self.state.skipped, self.state.skipped_in_row)
+        orbax_store.save(
+            self.run.checkpoints, self.step, self.state.params, meta, optimizer, assets=self.assets, keep=self.train.keep
+        )
+        self._clock = time.monotonic()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_same_run(meta: orbax_store.Meta, config: GptOssConfig, train: TrainConfig, where: str) -> None:
+    """Refuses to continue with settings under which the continuation would not be that of the saved run."""
+    changes = []
+    for name, old, new in (("model config", meta.model, config.to_dict()), ("run config", meta.run or {}, train.to_dict())):
+        before, after = dict(_flat(old)), dict(_flat(new))
+        for key in sorted(before.keys() | after.keys()):
+            free = name == "run config" and key.startswith(FREE_ON_RESUME)
+            if before.get(key) != after.get(key) and not free:
+                changes.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    if changes:
+        raise UsageError(f"{where}: cannot be resumed with other settings: {'; '.join(changes)}")

@@ -1,0 +1,101 @@
+"""The directory of a run: config.yaml (resolved), metrics.jsonl, checkpoints/, and a lock against a second run.
+
+metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, and eval_loss where it was measured
+(step 0: eval_loss alone). Non-finite numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from gptoss_jax.checkpoint.orbax_store import CHECKPOINTS
+from gptoss_jax.errors import RunError, UsageError
+
+CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
+
+
+class RunDir:
+    """An open run directory. Holds the lock until closed."""
+
+    def __init__(self, path: str | Path, *, resume: bool, overwrite: bool):
+        """
+        Raises:
+          UsageError: not empty and neither `resume` nor `overwrite`; nothing to resume; not a run of ours to overwrite; in use.
+          RunError: it cannot be created.
+        """
+        self.path = Path(path)
+        entries = {p.name for p in self.path.iterdir()} - {LOCK} if self.path.is_dir() else set()
+        if entries and not (resume or overwrite):
+            raise UsageError(f"{self.path} is not empty; give --resume to go on or --overwrite to start anew")
+        if overwrite and entries and CONFIG not in entries:
+            raise UsageError(f"{self.path} is not empty and holds no {CONFIG}: not a run of gptoss_jax, so it is not overwritten")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK, "w")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UsageError(f"{self.path} is in use by another run") from None
+        if overwrite and not resume:
+            self._clear()
+        self._metrics: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def _clear(self) -> None:
+        """Removes what a run writes, nothing else."""
+        for name in (CONFIG, METRICS):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def write_config(self, text: str) -> None:
+        (self.path / CONFIG).write_text(text, encoding="utf-8")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops lines after `step`, so that a resumed run writes each step once. A half-written last line goes too."""
+        file = self.path / METRICS
+        if not file.exists():
+            return
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if (record := _parse(line)) and record["step"] <= step]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, file)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line, readable by others at once."""
+        if self._metrics is None:
+            self._metrics = open(self.path / METRICS, "a", encoding="utf-8")
+        bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            record = {**record, **dict.fromkeys(bad), "nonfinite": bad}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(path) / METRICS).read_text(encoding="utf-8").splitlines()]
