@@ -25,7 +25,9 @@ CHAT_TEMPLATE = """\
 {#- The harmony format without the system message. `thinking` is written for the last turn only, as in the release. -#}
 {%- set loop_messages = messages -%}
 {%- if messages[0].role in ("developer", "system") -%}
+{%- if messages[0].content -%}
 {{- "<|start|>developer<|message|># Instructions\\n\\n" + messages[0].content + "\\n\\n<|end|>" -}}
+{%- endif -%}
 {%- set loop_messages = messages[1:] -%}
 {%- endif -%}
 {%- for message in loop_messages -%}

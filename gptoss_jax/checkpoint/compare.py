@@ -9,13 +9,13 @@ import numpy as np
 
 from gptoss_jax.checkpoint.hashes import hash_arrays, to_host
 from gptoss_jax.checkpoint.hf_layout import Piece, all_pieces
+from gptoss_jax.checkpoint.load import PIECE_BYTES
 from gptoss_jax.checkpoint.safetensors_io import DTYPES
 from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint
 from gptoss_jax.errors import CorruptError
 from gptoss_jax.formats import Format
 from gptoss_jax.model import Params
 
-PIECE_BYTES = 128 << 20
 BF16 = DTYPES["BF16"]
 
 
@@ -76,7 +76,7 @@ def _expected(source: SourceCheckpoint, against: SourceCheckpoint | Params, piec
         leaf = against[piece.name]
         values, through = (leaf if piece.slot is None else leaf[piece.slot])[ranges], fmt
     if piece.row.matrix and through:
-        values = _through(values, through)
+        values = through_format(values, through)
     return to_host(values)
 
 
@@ -94,5 +94,6 @@ def _row_groups(piece: Piece) -> Iterator[tuple[slice, ...]]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _through(values: Any, fmt: Format) -> jax.Array:
+def through_format(values: Any, fmt: Format) -> jax.Array:
+    """What a model computes with after its weights were stored in `fmt`, in bfloat16."""
     return fmt.decode(fmt.encode(values), jax.numpy.bfloat16)

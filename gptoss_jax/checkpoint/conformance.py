@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gptoss_jax.checkpoint.hf_config import COMPANIONS, MODELOPT_CONFIG, NOT_CONVERTED
 from gptoss_jax.checkpoint.hf_layout import MXFP4_BLOCK, NVFP4_BLOCK, all_pieces
-from gptoss_jax.checkpoint.source import SourceCheckpoint, check_finite, check_scales, tensor_problems
+from gptoss_jax.checkpoint.source import SourceCheckpoint, check_finite, check_scales, dtype_problems, shape_problems
 from gptoss_jax.checkpoint.store import SINGLE
 from gptoss_jax.errors import CorruptError
 from gptoss_jax.model.config import FULL, SLIDING
@@ -37,17 +37,13 @@ class Demand:
 
 
 def tensor_set(source: SourceCheckpoint) -> Findings:
-    """Exactly the tensors that the config demands, with their shapes and kinds of dtype."""
-    yield from tensor_problems(source)
+    """Exactly the tensors that the config demands, with their shapes."""
+    yield from shape_problems(source)
 
 
 def stored_dtypes(source: SourceCheckpoint) -> Findings:
     """U8 codes and scales (an F8_E8M0 scale loads silently wrong in transformers), BF16 for everything else."""
-    for piece in all_pieces(source.config):
-        for spec in piece.tensors(source.layout, source.config).values():
-            info = source.store.infos.get(spec.key)
-            if info and info.dtype != spec.dtypes[0]:
-                yield f"{spec.key!r} in {info.file.name} is {info.dtype}, not {spec.dtypes[0]}"
+    yield from dtype_problems(source, as_released=True)
 
 
 def block_multiples(source: SourceCheckpoint) -> Findings:
@@ -62,8 +58,9 @@ def finite_values(source: SourceCheckpoint) -> Findings:
     """No NaN or infinity, no scale byte from 253 on."""
     for piece in all_pieces(source.config):
         for role, spec in piece.tensors(source.layout, source.config).items():
-            if spec.key not in source.store.infos or role == "packed":
-                continue
+            info = source.store.infos.get(spec.key)
+            if role == "packed" or info is None or info.dtype not in spec.dtypes:
+                continue  # every code is a value; wrong dtypes are reported above
             try:
                 check = check_scales if role == "scales" else check_finite
                 check(source.store.array(spec.key), source.where(spec.key))
@@ -92,8 +89,8 @@ def file_names(source: SourceCheckpoint) -> Findings:
         for name in source.store.files:
             if name != SINGLE and not _SHARD_NAME.fullmatch(name):
                 yield f"{name} is not named model-XXXXX-of-XXXXX.safetensors"
-    if source.store.index is not None and "total_size" not in source.store.index.get("metadata", {}):
-        yield Note("the index has no metadata.total_size")
+        if source.store.index is not None and "total_size" not in source.store.index.get("metadata", {}):
+            yield "the index lacks metadata.total_size"
 
 
 def file_metadata(source: SourceCheckpoint) -> Findings:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 import gptoss_jax
+from gptoss_jax.checkpoint.compare import through_format
 from gptoss_jax.checkpoint.hashes import hash_arrays, to_host
 from gptoss_jax.checkpoint.hf_config import MANIFEST, hf_config, read_companions
 from gptoss_jax.checkpoint.hf_layout import Layout, Piece, TensorSpec, all_pieces
@@ -30,7 +31,7 @@ from gptoss_jax.checkpoint.staging import staged_directory, write_json
 from gptoss_jax.checkpoint.store import INDEX, SINGLE
 from gptoss_jax.checkpoint.verify import verify_dir
 from gptoss_jax.errors import RunError, UsageError
-from gptoss_jax.formats import Format
+from gptoss_jax.formats import Format, get_format
 from gptoss_jax.model import GptOssConfig, Params, abstract_params
 
 
@@ -50,7 +51,7 @@ def export_hf(
 
     Args:
       params: master weights, float32 or bfloat16, on devices or as numpy.
-      format: `Mxfp4(...)`, `Nvfp4(...)`, or "bf16".
+      format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16".
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
       bake: with "bf16", write the values that this format decodes to: the model that QAT trained.
@@ -93,13 +94,15 @@ def export_hf(
 
 def _checked_format(format: Format | str, bake: Format | None) -> Format | None:
     """The format of the experts, None for BF16."""
-    if isinstance(format, Format):
-        if bake is not None:
-            raise UsageError(f"bake is for BF16 exports; the {format.name} export holds the codes themselves")
-        return format
-    if format != "bf16":
-        raise UsageError(f"format must be a Format object or 'bf16', not {format!r}")
-    return None
+    if format == "bf16":
+        return None
+    try:
+        fmt = get_format(format)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"format: {error}; 'bf16' is known too") from None
+    if bake is not None:
+        raise UsageError(f"bake is for BF16 exports; an {fmt.name} export holds the codes themselves")
+    return fmt
 
 
 def _check_params(config: GptOssConfig, params: Params, fmt: Format | None) -> None:
@@ -171,7 +174,7 @@ def _stored_arrays(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | N
         check_scales(arrays["scales"], where)
         return arrays
     if piece.row.matrix and bake:
-        values = _bake(values, bake)
+        values = through_format(values, bake)
     # numpy rounds float32 to nearest even and, unlike XLA on a CPU, keeps subnormal numbers
     array = to_host(values).astype(DTYPES["BF16"])
     check_finite(array, where)
@@ -181,8 +184,3 @@ def _stored_arrays(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | N
 @functools.partial(jax.jit, static_argnums=1)
 def _encode(values, fmt: Format):
     return fmt.encode(values)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _bake(values, fmt: Format):
-    return fmt.decode(fmt.encode(values), jax.numpy.bfloat16)

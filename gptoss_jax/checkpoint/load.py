@@ -42,9 +42,7 @@ def load_params(
     if shardings is None:
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = dict.fromkeys(abstract_params(source.config), single)
-    params = {
-        name: _load_leaf(source, name, leaf.shape, np.dtype(dtype), shardings[name]) for name, leaf in abstract_params(source.config).items()
-    }
+    params = {name: _load_leaf(source, name, leaf.shape, np.dtype(dtype), shardings[name]) for name, leaf in abstract_params(source.config).items()}
     return source.config, params
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from gptoss_jax.checkpoint import orbax_store
+from gptoss_jax.checkpoint.hf_config import COMPANIONS
 from gptoss_jax.checkpoint.load import load_params
 from gptoss_jax.checkpoint.source import open_checkpoint
 from gptoss_jax.errors import UsageError
@@ -57,6 +58,11 @@ def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sha
     source = {"run": directory.parent.name, "step": step, "base": meta.source}
     assets = orbax_store.step_dir(directory, step) / orbax_store.ASSETS
     return Model(GptOssConfig.from_dict(meta.model), params, assets, policy, meta.code_hashes, source)
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """Tokenizer files, chat template, generation settings and config.json of a model, as far as it has them."""
+    return [directory / name for name in (*COMPANIONS, "config.json") if (directory / name).is_file()]
 
 
 def export_format(model: Model):

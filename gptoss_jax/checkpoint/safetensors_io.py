@@ -132,7 +132,7 @@ def _tensor_info(path: Path, name: str, raw: Any, base: int) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise CorruptError(f"{where}: entry must have dtype, shape and data_offsets")
-    if raw["dtype"] not in DTYPES:
+    if not isinstance(raw["dtype"], str) or raw["dtype"] not in DTYPES:
         raise CorruptError(f"{where}: unknown dtype {raw['dtype']!r}")
     shape, offsets = raw["shape"], raw["data_offsets"]
     if not _naturals(shape) or len(shape) > MAX_DIMS:

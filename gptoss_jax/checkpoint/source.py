@@ -143,25 +143,36 @@ def open_unchecked(path: str | Path) -> SourceCheckpoint:
     store = open_store(directory, any_name=is_openai)
     try:
         config = GptOssConfig.from_dict(_from_openai(raw) if is_openai else raw)
-    except CorruptError as error:
+    except (CorruptError, TypeError, ValueError) as error:  # a value of a wrong type fails where it is used
         raise CorruptError(f"{directory / 'config.json'}: {error}") from None
     layout = _find_layout(directory, raw, store, "openai" if is_openai else "hf")
     return SourceCheckpoint(directory, layout, config, raw, store, revision)
 
 
 def tensor_problems(source: SourceCheckpoint) -> list[str]:
-    """What is missing, extra, misshapen or of a wrong dtype; one entry per tensor."""
+    """What is missing, extra, misshapen or of a dtype that loading refuses."""
+    return [*shape_problems(source), *dtype_problems(source)]
+
+
+def shape_problems(source: SourceCheckpoint) -> list[str]:
+    """Missing, extra and misshapen tensors, one entry each."""
     expected, infos = expected_tensors(source.config, source.layout), source.store.infos
     problems = [f"missing {key!r} {list(expected[key].shape)}" for key in expected if key not in infos]
     problems += [f"extra {key!r} {list(infos[key].shape)} in {infos[key].file.name}" for key in sorted(infos) if key not in expected]
-    for key, spec in expected.items():
-        info = infos.get(key)
-        if info is None:
-            continue
-        if info.shape != spec.shape:
-            problems.append(f"{key!r} in {info.file.name} has shape {list(info.shape)}, expected {list(spec.shape)}")
-        if info.dtype not in spec.dtypes:
-            problems.append(f"{key!r} in {info.file.name} has dtype {info.dtype}, expected {' or '.join(spec.dtypes)}")
+    return problems + [
+        f"{key!r} in {infos[key].file.name} has shape {list(infos[key].shape)}, expected {list(spec.shape)}"
+        for key, spec in expected.items()
+        if key in infos and infos[key].shape != spec.shape
+    ]
+
+
+def dtype_problems(source: SourceCheckpoint, *, as_released: bool = False) -> list[str]:
+    """Tensors of a wrong dtype. Loading also takes float32 for bfloat16; `as_released` does not."""
+    infos, problems = source.store.infos, []
+    for key, spec in expected_tensors(source.config, source.layout).items():
+        allowed = spec.dtypes[:1] if as_released else spec.dtypes
+        if key in infos and infos[key].dtype not in allowed:
+            problems.append(f"{key!r} in {infos[key].file.name} has dtype {infos[key].dtype}, expected {' or '.join(allowed)}")
     return problems
 
 

@@ -11,9 +11,9 @@ from gptoss_jax.checkpoint.compare import hash_differences, stored_code_hashes, 
 from gptoss_jax.checkpoint.conformance import DEMANDS, Note
 from gptoss_jax.checkpoint.hashes import hash_arrays
 from gptoss_jax.checkpoint.hf_config import COMPANIONS, MANIFEST
-from gptoss_jax.checkpoint.source import SourceCheckpoint, open_checkpoint, open_unchecked
+from gptoss_jax.checkpoint.source import SourceCheckpoint, open_checkpoint, open_unchecked, tensor_problems
 from gptoss_jax.checkpoint.store import checked_path, read_json
-from gptoss_jax.errors import CorruptError, UsageError
+from gptoss_jax.errors import CorruptError
 from gptoss_jax.formats import Format, Mxfp4, Nvfp4, format_from_dict
 from gptoss_jax.model import Params
 
@@ -80,7 +80,7 @@ def verify_dir(directory: str | Path, against: Against | None = None) -> Report:
         return Report(directory, (Check("0 readable files", "all", (str(error),)),))
     checks = [Check("0 readable files", "all")]
     checks += [_run(demand.title, demand.clients, lambda d=demand: d.find(source), not demand.applies(source)) for demand in DEMANDS]
-    if checks[1].problems:
+    if tensor_problems(source):
         return Report(directory, tuple(checks))  # values of a wrong set of tensors cannot be compared
     manifest = directory / MANIFEST
     checks.append(_run("10 weights as expected", "this library", lambda: _compare(source, against), against is None))
@@ -133,11 +133,12 @@ def _manifest(source: SourceCheckpoint) -> dict[str, Any]:
 
 
 def _compare_manifest(source: SourceCheckpoint) -> Iterable[str]:
-    recorded = _manifest(source)["xxh3_128"]
+    recorded = _manifest(source).get("xxh3_128", {})
+    if set(recorded) != {"files", "codes", "tensors"}:
+        raise CorruptError(f"{source.path / MANIFEST}: xxh3_128 must hold files, codes and tensors")
     tensors = {key: hash_arrays([source.store.array(key)]) for key in source.store.infos}
     yield from hash_differences(tensors, recorded["tensors"], "bytes")
-    files = {
-        name: hash_arrays([np.fromfile(checked_path(source.path, name), np.uint8)]) for name in recorded["files"] if (source.path / name).is_file()
-    }
+    present = [name for name in recorded["files"] if (source.path / name).is_file()]
+    files = {name: hash_arrays([np.fromfile(checked_path(source.path, name), np.uint8)]) for name in present}
     yield from hash_differences(files, recorded["files"], "bytes")
     yield from hash_differences(stored_code_hashes(source), recorded["codes"], "codes")

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     module, function, _, _ = COMMANDS[argv[0]]
     run = getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)
     try:
-        return tyro.cli(run, prog=f"gptoss-jax {argv[0]}", args=argv[1:], config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)) or 0
+        return tyro.cli(run, prog=f"gptoss-jax {argv[0]}", args=argv[1:], config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)) or 0
     except GptOssError as error:
         print(f"gptoss-jax {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code

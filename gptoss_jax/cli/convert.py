@@ -21,15 +21,14 @@ def import_(
     import jax.numpy as jnp
 
     from gptoss_jax.checkpoint import orbax_store
-    from gptoss_jax.checkpoint.hf_config import companion_files
-    from gptoss_jax.checkpoint.models import load_model
+    from gptoss_jax.checkpoint.models import carried_files, load_model
     from gptoss_jax.errors import UsageError
 
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} exists and is not empty")
     model = load_model(source, jnp.dtype(dtype))
     meta = orbax_store.Meta(model=model.config.to_dict(), source=model.source)
-    path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=companion_files(model.directory))
+    path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=carried_files(model.directory))
     print(f"{path}: {sum(p.size for p in model.params.values()):,} parameters, {dtype}")
 
 

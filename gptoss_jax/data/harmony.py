@@ -20,6 +20,7 @@ Encoding: special tokens go in by id, everything else as text with special token
 
 import datetime
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ def _message(header: str, text: str, stop: str, trained: tuple[bool, bool, bool]
 def render(messages: Sequence[dict[str, Any]], *, system: str | None = None, train_on: TrainOn = "assistant", prompt: bool = False) -> list[Piece]:
     """The pieces of a conversation. With `prompt` it ends with the `<|start|>assistant` that asks for an answer, and nothing is trained.
 
-    `messages` must have passed `sources.check_messages`: a leading developer or system message, then user and assistant ones.
+    `messages` must have passed `messages.check_row`: an optional system or developer message, then user and assistant ones.
     """
     everything = train_on == "all" and not prompt
     untrained, produced = (everything,) * 3, (everything, not prompt, not prompt)
@@ -144,11 +145,16 @@ class HarmonyEncoder:
 
 
 def encode_conversations(
-    conversations: Sequence[Sequence[dict[str, Any]]],
-    tokenizer: Any,
-    *,
-    system: str | None = None,
-    train_on: TrainOn = "assistant",
+    rows: Sequence[dict[str, Any]], tokenizer: Any, *, system: str | None = None, train_on: TrainOn = "assistant"
 ) -> list[Encoded]:
-    """Token ids and trained mask of each conversation (a list of messages)."""
-    return HarmonyEncoder(tokenizer).encode([render(messages, system=system, train_on=train_on) for messages in conversations])
+    """Token ids and trained mask of each row, a dict with its conversation under "messages"."""
+    return HarmonyEncoder(tokenizer).encode([render(row["messages"], system=system, train_on=train_on) for row in rows])
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The fast tokenizer of a local directory, without looking anything up on a hub. UsageError when there is none."""
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise UsageError(f"no tokenizer.json in {str(directory)!r}")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)

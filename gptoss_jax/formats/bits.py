@@ -9,6 +9,7 @@ non-negative floats the order of the bits, read as integers, is the order of the
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
@@ -18,16 +19,10 @@ INF = 0xFF << EXP_SHIFT  # bits of +inf; larger magnitudes are NaN
 
 
 def to_bits(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """IEEE bits of x as float32. A bfloat16 is the upper half of its float32, so no float conversion (which would flush) is needed.
-
-    Raises:
-      TypeError: x is neither float32 nor bfloat16.
-    """
-    if x.dtype == jnp.float32:
-        return lax.bitcast_convert_type(x, jnp.int32)
+    """float32 bits of a float32 or bfloat16, which is the upper half of its float32: no float conversion, which would flush, is needed."""
     if x.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) << 16
-    raise TypeError(f"4-bit formats encode float32 or bfloat16, not {x.dtype}")
+    return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def from_bits(bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
@@ -78,17 +73,19 @@ def pack(codes: UInt8[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
 
 
 def unpack(packed: UInt8[Array, "*batch n_half"]) -> UInt8[Array, "*batch n"]:
-    """Inverse of `pack`.
-
-    Raises:
-      TypeError: packed is not uint8 (a signed byte would shift its sign into the high nibble).
-    """
-    if packed.dtype != jnp.uint8:
-        raise TypeError(f"packed codes must be uint8, not {packed.dtype}")
+    """Inverse of `pack`."""
     pairs = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
     return pairs.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
-def as_array(x) -> jax.Array:
-    """Host input (numpy, memory maps) as a JAX array; arrays and tracers pass through."""
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+def as_input(x: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """A JAX array of what is to be encoded, from the device or the host (numpy, memory maps).
+
+    Raises:
+      TypeError: x is neither float32 nor bfloat16 (before JAX would turn float64 into float32 in silence).
+    """
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x)
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise TypeError(f"4-bit formats encode float32 or bfloat16, not {x.dtype}")
+    return jnp.asarray(x)

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float32, Int32, UInt8
 from gptoss_jax.formats.bits import EXP_SHIFT, from_bits
 
 E2M1_MAX = 6.0
-E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
 
 _BITS_OF_6 = 0x40C00000

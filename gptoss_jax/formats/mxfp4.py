@@ -19,9 +19,12 @@ cannot tell a float32 maximum a few ulp above 1.5 * 2**k from 1.5 * 2**k (up to 
 such blocks by one exponent where this codec does not. bfloat16 weights cannot lie that near and agree in every byte.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
@@ -43,7 +46,17 @@ class Codes(NamedTuple):
     scales: UInt8[Array, "*batch C"]  # E8M0, C = n/32
 
 
-def encode(x: Float[Array, "*batch n"], scale_rule: str = "rceil", compat: str | None = None) -> Codes:
+def check_options(scale_rule: str, compat: str | None) -> None:
+    """Raises ValueError unless `encode` can do this."""
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"unknown scale rule {scale_rule!r}; known are {', '.join(SCALE_RULES)}")
+    if compat not in (None, "modelopt"):
+        raise ValueError(f"unknown compat {compat!r}; known is 'modelopt'")
+    if compat == "modelopt" and scale_rule != "rceil":
+        raise ValueError(f"compat 'modelopt' has scale rule 'rceil', not {scale_rule!r}")
+
+
+def encode(x: Float[Array | np.ndarray, "*batch n"], scale_rule: str = "rceil", compat: str | None = None) -> Codes:
     """Encodes float32 or bfloat16 along the last dim, whose width must be a multiple of 32.
 
     Args:
@@ -54,8 +67,8 @@ def encode(x: Float[Array, "*batch n"], scale_rule: str = "rceil", compat: str |
       TypeError: another dtype.
       ValueError: bad width, unknown rule or compat name.
     """
-    codes, scales = encode_unpacked(x, scale_rule, compat)
-    return Codes(fb.pack(codes), scales)
+    check_options(scale_rule, compat)
+    return _encode(fb.as_input(x), scale_rule, compat)
 
 
 def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
@@ -65,32 +78,51 @@ def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
       TypeError: packed or scales are not uint8.
       ValueError: their shapes do not belong together.
     """
-    packed, scales = fb.as_array(q.packed), fb.as_array(q.scales)
-    if packed.shape != (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE // 2):
-        raise ValueError(f"packed {tuple(packed.shape)} and scales {tuple(scales.shape)} are not one MXFP4 array (16 bytes per scale)")
-    return decode_unpacked(fb.unpack(packed), scales, dtype)
+    if q.packed.shape != (*q.scales.shape[:-1], q.scales.shape[-1] * BLOCK_SIZE // 2):
+        raise ValueError(f"packed {tuple(q.packed.shape)} and scales {tuple(q.scales.shape)} are not one MXFP4 array (16 bytes per scale)")
+    for array in q:
+        if array.dtype != jnp.uint8:
+            raise TypeError(f"packed codes and E8M0 scales must be uint8, not {array.dtype}")
+    return _decode(q, jnp.dtype(dtype))
 
 
-def encode_unpacked(
-    x: Float[Array, "*batch n"], scale_rule: str = "rceil", compat: str | None = None
+def encode_decode(
+    x: Float[Array | np.ndarray, "*batch n"], scale_rule: str, compat: str | None, dtype
+) -> tuple[Float[Array, "*batch n"], Codes]:
+    """(decode(q, dtype), q) with q = encode(x), bit for bit, but not unpacking what was just packed. For fake quantization."""
+    check_options(scale_rule, compat)
+    return _encode_decode(fb.as_input(x), scale_rule, compat, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _encode(x, scale_rule, compat):
+    codes, scales = _encode_unpacked(x, scale_rule, compat)
+    return Codes(fb.pack(codes), scales)
+
+
+@partial(jax.jit, static_argnums=1)
+def _decode(q, dtype):
+    return _decode_unpacked(fb.unpack(q.packed), q.scales, dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _encode_decode(x, scale_rule, compat, dtype):
+    codes, scales = _encode_unpacked(x, scale_rule, compat)
+    return _decode_unpacked(codes, scales, dtype), Codes(fb.pack(codes), scales)
+
+
+def _encode_unpacked(
+    x: Float[Array, "*batch n"], scale_rule: str, compat: str | None
 ) -> tuple[UInt8[Array, "*batch n"], UInt8[Array, "*batch C"]]:
-    """`encode` with one code per byte: what fake quantization uses, so that nothing is packed only to be unpacked."""
-    if scale_rule not in SCALE_RULES:
-        raise ValueError(f"unknown scale rule {scale_rule!r}; known are {', '.join(SCALE_RULES)}")
-    if compat not in (None, "modelopt"):
-        raise ValueError(f"unknown compat {compat!r}; known is 'modelopt'")
-    if compat == "modelopt" and scale_rule != "rceil":
-        raise ValueError(f"compat 'modelopt' has scale rule 'rceil', not {scale_rule!r}")
-
-    x_bits = fb.split_blocks(fb.to_bits(fb.as_array(x)), BLOCK_SIZE)
+    """One code per byte, and the scales."""
+    x_bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
     mag = fb.magnitude(x_bits)
     amax = jnp.max(mag, axis=-1, keepdims=True)
     is_finite = amax < fb.INF
     scales = SCALE_RULES[scale_rule](mag, amax)
     y_bits = scaled_bits(mag, scales)
     index, sign = (_modelopt_index_sign if compat else _index_sign)(x_bits, mag, y_bits)
-    index = jnp.where(is_finite, index, 0)
-    codes = (index | sign).astype(jnp.uint8)
+    codes = (jnp.where(is_finite, index, 0) | sign).astype(jnp.uint8)
     scales = jnp.where(is_finite, scales, NAN_SCALE).astype(jnp.uint8)
     return fb.join_blocks(codes), scales[..., 0]
 
@@ -105,10 +137,7 @@ def _modelopt_index_sign(x_bits, mag, y_bits):
     return index, jnp.where((x_bits < 0) | quotient_is_zero, 8, 0)
 
 
-def decode_unpacked(codes: UInt8[Array, "*batch n"], scales: UInt8[Array, "*batch C"], dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
-    """`decode` of one code per byte."""
-    if scales.dtype != jnp.uint8:
-        raise TypeError(f"MXFP4 scales must be uint8 (E8M0 bytes), not {scales.dtype}")
+def _decode_unpacked(codes: UInt8[Array, "*batch n"], scales: UInt8[Array, "*batch C"], dtype) -> Float[Array, "*batch n"]:
     codes = fb.split_blocks(codes, BLOCK_SIZE)
     bits21 = fb.join_blocks(_value_bits21(codes, scales[..., None].astype(jnp.int32)))
     if dtype == jnp.bfloat16:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptoss_jax.formats import mxfp4, nvfp4
-from gptoss_jax.formats.scale_rules import SCALE_RULES
 
 
 @runtime_checkable
@@ -27,7 +26,7 @@ class Format(Protocol):
         """Values of codes."""
 
     def encode_decode(self, x: Float[Array, "*batch n"], dtype) -> tuple[Float[Array, "*batch n"], Any]:
-        """(decode(q, dtype), q) with q = encode(x), bit for bit, without unpacking what was just packed. XLA drops the half that is not used."""
+        """(decode(q, dtype), q) with q = encode(x). Under jit, XLA drops what is not used."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values from which `format_from_dict` makes an equal object."""
@@ -49,12 +48,7 @@ class Mxfp4(_ToDict):
     block_size: ClassVar[int] = mxfp4.BLOCK_SIZE
 
     def __post_init__(self):
-        if self.scale_rule not in SCALE_RULES:
-            raise ValueError(f"unknown scale rule {self.scale_rule!r}; known are {', '.join(SCALE_RULES)}")
-        if self.compat not in (None, "modelopt"):
-            raise ValueError(f"unknown compat {self.compat!r}; known is 'modelopt'")
-        if self.compat == "modelopt" and self.scale_rule != "rceil":
-            raise ValueError(f"compat 'modelopt' has scale rule 'rceil', not {self.scale_rule!r}")
+        mxfp4.check_options(self.scale_rule, self.compat)
 
     def encode(self, x: Float[Array, "*batch n"]) -> mxfp4.Codes:
         return mxfp4.encode(x, self.scale_rule, self.compat)
@@ -62,9 +56,8 @@ class Mxfp4(_ToDict):
     def decode(self, q: mxfp4.Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
         return mxfp4.decode(q, dtype)
 
-    def encode_decode(self, x, dtype):
-        codes, scales = mxfp4.encode_unpacked(x, self.scale_rule, self.compat)
-        return mxfp4.decode_unpacked(codes, scales, dtype), mxfp4.Codes(mxfp4.fb.pack(codes), scales)
+    def encode_decode(self, x: Float[Array, "*batch n"], dtype) -> tuple[Float[Array, "*batch n"], mxfp4.Codes]:
+        return mxfp4.encode_decode(x, self.scale_rule, self.compat, dtype)
 
 
 @dataclass(frozen=True)
@@ -77,8 +70,7 @@ class Nvfp4(_ToDict):
     block_size: ClassVar[int] = nvfp4.BLOCK_SIZE
 
     def __post_init__(self):
-        if self.global_scale not in nvfp4.GLOBAL_SCALES:
-            raise ValueError(f"unknown global scale {self.global_scale!r}; known are {', '.join(nvfp4.GLOBAL_SCALES)}")
+        nvfp4.check_options(self.global_scale)
 
     def encode(self, x: Float[Array, "*batch n"]) -> nvfp4.Codes:
         return nvfp4.encode(x, self.global_scale)
@@ -86,9 +78,8 @@ class Nvfp4(_ToDict):
     def decode(self, q: nvfp4.Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
         return nvfp4.decode(q, dtype)
 
-    def encode_decode(self, x, dtype):
-        codes, scales, g = nvfp4.encode_unpacked(x, self.global_scale)
-        return nvfp4.decode_unpacked(codes, scales, g, dtype), nvfp4.Codes(nvfp4.fb.pack(codes), scales, g)
+    def encode_decode(self, x: Float[Array, "*batch n"], dtype) -> tuple[Float[Array, "*batch n"], nvfp4.Codes]:
+        return nvfp4.encode_decode(x, self.global_scale, dtype)
 
 
 _FORMATS: dict[str, type] = {cls.name: cls for cls in (Mxfp4, Nvfp4)}

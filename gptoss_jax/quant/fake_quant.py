@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptoss_jax.formats import Format, get_format
+from gptoss_jax.formats.bits import as_input
 from gptoss_jax.quant.estimators import Estimator, get_estimator
 
 
@@ -49,7 +50,7 @@ def fake_quant_with_codes(
       ValueError: x.shape[axis] is not a multiple of the block size; unknown name.
     """
     fmt, estimator = get_format(fmt), get_estimator(estimator)
-    x = jnp.asarray(x)
+    x = as_input(x)
     dtypes = (x.dtype, jnp.dtype(x.dtype if dtype is None else dtype))
     w, codes = _encode_decode(jnp.moveaxis(x, axis, -1), fmt, estimator, dtypes)
     return jnp.moveaxis(w, -1, axis), codes

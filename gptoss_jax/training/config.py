@@ -4,6 +4,8 @@ Defaults are those of NVIDIA's gpt-oss recipe: AdamW at 2e-5, cosine to 10 % wit
 BF16 compute on float32 masters. Two departures: the loss is on assistant tokens (`data.loss: all` gives the recipe's), rows are packed.
 """
 
+import datetime
+import datetime
 import difflib
 import json
 from typing import Annotated, Any, Literal
@@ -29,6 +31,17 @@ class DataConfig(Section):
     packing: bool = True
     # which tokens carry the loss
     loss: Literal["assistant", "all"] = "assistant"
+    # system message before every conversation: the release's, or none
+    system: Literal["release", "none"] = "release"
+    # date in the release's system message; pinned, because a resumed run must see the same text
+    system_date: datetime.date = datetime.date(2025, 8, 5)
+    # documents longer than a row
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    # conversations longer than a row
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    # the release's system message with this date (its own template writes the day on which it runs); None is no system message
+    system_date: datetime.date | None = None
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
 
 
 class BatchConfig(Section):

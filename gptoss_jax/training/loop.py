@@ -39,7 +39,8 @@ FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "c
 
 
 class BatchIterator(Protocol):
-    """Endless batches of `train.batch.rows` rows. `state()` is the position of the next batch, as plain JSON; `restore` refuses other data."""
+    """Endless batches of `train.batch.rows` rows (`gptoss_jax.data.BatchStream`). `state()` is the position of the next batch, as plain JSON;
+    `restore` refuses other data."""
 
     def __next__(self) -> Any: ...
     def state(self) -> dict[str, Any]: ...
@@ -122,6 +123,7 @@ class Trainer:
         counter = jax.device_put(jnp.int32(step), target.step.sharding)
         self.state = TrainState(counter, params, opt_state, skipped, in_row)
         self.batches.restore(meta.data_state)
+        self.source = meta.source
         self.step = step
 
     # ---- run ------------------------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ class Trainer:
         if self.train.router_aux_loss_coef:
             record["aux_loss"] = values["aux_loss"]
         if values["skipped"]:
-            record["batch"] = position
+            record["batch"] = position = {key: value for key, value in position.items() if key != "fingerprint"}
         if evaluate:
             self._evaluate_into(record)
         else:

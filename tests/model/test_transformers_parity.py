@@ -107,7 +107,9 @@ def test_each_module_matches_transformers(tiny_config):
             block_state = jax.tree.map(lambda a: a[0], block_state)
         block = nnx.merge(block_graph, block_state)
         with torch.no_grad():
-            np.testing.assert_allclose(block.input_layernorm(hidden), theirs.input_layernorm(x).numpy(), atol=1e-5)
+            for scale in (1.0, 1e-3):  # at 1e-3 the mean square is 1e-6, below eps
+                normed = theirs.input_layernorm(x * scale).numpy()
+                np.testing.assert_allclose(block.input_layernorm(jnp.asarray(hidden * scale)), normed, atol=1e-5)
             index = torch.arange(LENGTH)
             see = index[None] <= index[:, None]
             if theirs.self_attn.sliding_window is not None:

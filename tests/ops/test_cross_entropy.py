@@ -27,3 +27,12 @@ def test_peak_memory_does_not_hold_all_logits(monkeypatch):
     shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((4, 512, 8), jnp.float32), ((1024, 8), jnp.float32), ((4, 512), jnp.int32), ((4, 512), jnp.float32))]
     compiled = jax.jit(jax.grad(lambda h, w, t, u: op.cross_entropy_sum(h, w, t, u, jnp.float32), argnums=(0, 1))).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 512 * 1024 * 4 / 4
+
+
+def test_token_losses_add_up_and_name_the_most_probable_token(monkeypatch):
+    monkeypatch.setattr(op, "MAX_BLOCK_LOGITS", 37 * 5)
+    hidden, w = jax.random.normal(jax.random.key(0), (3, 7, 12)), jax.random.normal(jax.random.key(1), (37, 12))
+    targets = jax.random.randint(jax.random.key(2), (3, 7), 0, 37)
+    losses, best = op.token_losses(hidden, w, targets, jnp.float32)
+    np.testing.assert_allclose(jnp.sum(losses), cross_entropy_sum_reference(hidden, w, targets, jnp.ones((3, 7))), rtol=1e-6)
+    np.testing.assert_array_equal(best, jnp.argmax(jnp.einsum("btd,vd->btv", hidden, w), axis=-1))

@@ -109,7 +109,8 @@ def _sign_code(x: np.ndarray) -> np.ndarray:
 
 def mxfp4_encode(x: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
     """(codes uint8 [*batch, n], scale bytes uint8 [*batch, n/32]). Non-finite blocks: byte 255, codes of magnitude 0."""
-    blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 32)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 32)
     finite = np.isfinite(blocks).all(-1, keepdims=True)
     a = np.abs(np.where(finite, blocks, 0.0))
     amax = a.max(-1, keepdims=True)
@@ -150,7 +151,8 @@ def nvfp4_encode(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     The global scale comes from the finite elements; non-finite blocks get byte 0x7F and codes of magnitude 0.
     """
-    blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 16)
     matrix_dims = tuple(range(max(blocks.ndim - 3, 0), blocks.ndim))
     amax = np.where(np.isfinite(blocks), np.abs(blocks), 0.0).max(matrix_dims)
     g = np.vectorize(lambda v: float(nvfp4_global_scale(v)), otypes=[np.float64])(amax)

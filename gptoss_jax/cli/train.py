@@ -1,0 +1,69 @@
+"""`gptoss-jax sft` and `qat`: one implementation, told apart by `quant` in the config."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def sft(
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    config: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    print_config: bool = False,
+) -> None:
+    """Fine-tunes in BF16 on float32 masters (or what the config says).
+
+    Args:
+        overrides: settings over those of the file, as optimizer.learning_rate=1e-5; see configs/.
+        config: YAML file; without it the defaults, which are the recipe's.
+        resume: go on from the newest good checkpoint in the output directory.
+        overwrite: remove an earlier run in the output directory.
+        print_config: print the resolved config and stop.
+    """
+    _run(config, overrides, resume, overwrite, print_config, quantized=False)
+
+
+def qat(
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    config: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    print_config: bool = False,
+) -> None:
+    """Trains through fake quantization of the experts, from the weights of an SFT run, with a fresh optimizer.
+
+    Args:
+        overrides: settings over those of the file, as model=runs/sft quant.scale_rule=even; see configs/.
+        config: YAML file; it must set `quant`.
+        resume: go on from the newest good checkpoint in the output directory.
+        overwrite: remove an earlier run in the output directory.
+        print_config: print the resolved config and stop.
+    """
+    _run(config, overrides, resume, overwrite, print_config, quantized=True)
+
+
+def _run(path: Path | None, overrides: tuple[str, ...], resume: bool, overwrite: bool, print_config: bool, quantized: bool) -> None:
+    from gptoss_jax.errors import UsageError
+    from gptoss_jax.training.yaml_config import dump_config, load_config
+
+    train = load_config(path, overrides)
+    if quantized and train.quant is None:
+        raise UsageError("the config has no `quant`: give quant.format=mxfp4 or nvfp4, or use `gptoss-jax sft`")
+    if not quantized and train.quant is not None:
+        raise UsageError(f"the config quantizes to {train.quant.format}: use `gptoss-jax qat`, or quant=null")
+    if print_config:
+        print(dump_config(train), end="")
+        return
+
+    from gptoss_jax.training.stage import run_stage
+
+    directory, state = run_stage(train, resume=resume, overwrite=overwrite)
+    print(f"{directory}: {int(state.step)} steps done")
+    if quantized:
+        print(f"next: gptoss-jax export {directory} OUT")
+    else:
+        print(f"next: gptoss-jax qat --config ... model={directory} quant.format=mxfp4")

@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""Makes single mistakes in a temporary copy of the project and runs the tests that should notice; fails if one survives.
+
+The mistakes are those that people make with gpt-oss and with MXFP4: each changes results silently, all shapes stay right.
+
+    python scripts/mutants.py [--only NAME ...] [--jobs 2]
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARITY = "tests/model/test_transformers_parity.py -k module_matches"
+CODEC = "tests/formats/test_mxfp4.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str = PARITY
+
+
+MUTANTS = (
+    Mutant("window_127", "gptoss_jax/model/attention.py", "self.window = config.sliding_window if", "self.window = config.sliding_window - 1 if"),
+    Mutant("window_129", "gptoss_jax/model/attention.py", "self.window = config.sliding_window if", "self.window = config.sliding_window + 1 if"),
+    Mutant("layer_kinds_swapped", "gptoss_jax/model/attention.py", "if kind == SLIDING else None", "if kind != SLIDING else None"),
+    Mutant("sinks_removed", "gptoss_jax/model/attention.py", "self.sinks[...], context", "self.sinks[...] - 1e9, context"),
+    Mutant("kv_heads_interleaved", "gptoss_jax/model/attention.py", "k_BTKH = rotate(heads(self.k_proj(x_BTD))", "k_BTKH = rotate(heads(self.k_proj(x_BTD))[:, :, ::-1]"),
+    Mutant("alpha_1", "gptoss_jax/model/moe.py", "SWIGLU_ALPHA = 1.702", "SWIGLU_ALPHA = 1.0"),
+    Mutant("swiglu_limit_off", "gptoss_jax/model/moe.py", "self.limit = config.swiglu_limit", "self.limit = 1e9"),
+    Mutant("gate_clamped_below", "gptoss_jax/model/moe.py", "jnp.minimum(h32_PFX[..., 0], limit)", "jnp.clip(h32_PFX[..., 0], -limit, limit)"),
+    Mutant("gate_up_not_interleaved", "gptoss_jax/model/moe.py", "h32_PFX = h_PU.astype(jnp.float32).reshape(h_PU.shape[0], -1, 2)",
+           "h32_PFX = h_PU.astype(jnp.float32).reshape(h_PU.shape[0], 2, -1).swapaxes(1, 2)"),
+    Mutant("gate_up_swapped", "gptoss_jax/model/moe.py", "up_PF = jnp.clip(h32_PFX[..., 1]", "up_PF = jnp.clip(h32_PFX[..., 0]"),
+    Mutant("router_bias_0", "gptoss_jax/model/moe.py", ") + self.bias[...].astype(jnp.float32)\n        top_SA", ")\n        top_SA"),
+    Mutant("router_softmax_over_all", "gptoss_jax/model/moe.py", "return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats",
+           "return experts_SA, jnp.take_along_axis(jax.nn.softmax(logits_SE, axis=-1), experts_SA, axis=1), stats"),
+    Mutant("rope_truncate", "gptoss_jax/model/rope.py", "if rope.truncate:", "if True:"),
+    Mutant("rope_no_concentration", "gptoss_jax/model/rope.py", "0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0", "1.0"),
+    Mutant("rope_interleaved", "gptoss_jax/model/rope.py", "jnp.split(x_BTNH, 2, axis=-1)", "(x_BTNH[..., 0::2], x_BTNH[..., 1::2])"),
+    Mutant("norm_eps_1e-6", "gptoss_jax/model/layers.py", "self.eps = eps", "self.eps = 1e-6"),
+    Mutant("dispatch_gradient_of_one_slot", "gptoss_jax/ops/grouped_matmul/groups.py", "jnp.sum(g_PD[groups.slot_SA], axis=1, dtype=jnp.float32)",
+           "g_PD[groups.slot_SA][:, 0]", "tests/ops/test_grouped_matmul.py"),
+    Mutant("segments_leak", "gptoss_jax/ops/attention/reference.py", "(key_index <= query_index) & (key_segment == query_segment)", "(key_index <= query_index)",
+           "tests/ops/test_attention.py -k definition"),
+    Mutant("nibbles_swapped", "gptoss_jax/formats/bits.py", "pairs * jnp.array([1, 16], jnp.uint8)", "pairs * jnp.array([16, 1], jnp.uint8)", CODEC),
+    Mutant("block_axis", "gptoss_jax/quant/fake_quant.py", "_encode_decode(jnp.moveaxis(x, axis, -1), fmt", "_encode_decode(jnp.moveaxis(x, -2, -1), fmt", "tests/quant"),
+    Mutant("scale_bias_126", "gptoss_jax/formats/mxfp4.py", "scales = jnp.where(is_finite, scales, NAN_SCALE)", "scales = jnp.where(is_finite, scales + 1, NAN_SCALE)", CODEC),
+    Mutant("ties_away", "gptoss_jax/formats/minifloat.py", "bits = jnp.clip(bits, 0, max_bits)", "bits = jnp.clip(bits + 1, 0, max_bits)", CODEC),
+    Mutant("rceil_is_floor", "gptoss_jax/formats/scale_rules.py", "bump = (amax & _MANTISSA) > 0x400000", "bump = 0", CODEC),
+    Mutant("experts_not_transposed", "gptoss_jax/checkpoint/hf_layout.py", 'return self.naming == "hf" and self.experts == "bf16"', "return False", "tests/checkpoint/test_load.py"),
+)  # fmt: skip
+
+
+def copy_project(target: Path) -> None:
+    skip = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".hypothesis")
+    shutil.copytree(ROOT, target, ignore=skip)
+
+
+def run(mutant: Mutant) -> tuple[Mutant, bool, str, float]:
+    """Applies one mistake; True if a test failed because of it."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "project"
+        copy_project(copy)
+        file = copy / mutant.file
+        text = file.read_text()
+        if text.count(mutant.before) != 1:
+            return mutant, False, f"{mutant.file} holds the text to change {text.count(mutant.before)} times: the mutant is out of date", 0.0
+        file.write_text(text.replace(mutant.before, mutant.after))
+        # the copy must be what is imported, not the installed project
+        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *mutant.tests.split()]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
+    # exit code 1: a test failed. Anything else (2 interrupted, 4 usage, 5 nothing collected) proves nothing.
+    return mutant, done.returncode == 1, last[0], time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these mutants alone")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    known = {mutant.name: mutant for mutant in MUTANTS}
+    unknown = set(args.only or ()) - set(known)
+    if unknown:
+        parser.error(f"unknown mutants {sorted(unknown)}; known are {', '.join(known)}")
+    chosen = [known[name] for name in args.only] if args.only else list(MUTANTS)
+    survivors = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, noticed, summary, seconds in pool.map(run, chosen):
+            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutant.name:<30} {seconds:5.0f} s  {summary}", flush=True)
+            if not noticed:
+                survivors.append(mutant.name)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants noticed" + (f"; survivors: {', '.join(survivors)}" if survivors else ""))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The stream of batches: each epoch sees every row once, a resume continues exactly, other data is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gptoss_jax.data import BatchStream, Encoded, one_pass, pack
+from gptoss_jax.errors import UsageError
+
+
+def make_rows(num_rows=23, seed=0):
+    rng = np.random.default_rng(seed)
+    return pack([Encoded(rng.integers(0, 900, 8).astype(np.int32), np.ones(8, bool)) for _ in range(num_rows)], 8).rows
+
+
+def same(a, b):
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b))
+
+
+def test_every_epoch_is_another_permutation_of_all_rows(tokenizer):
+    stream = BatchStream(make_rows(), 4, 7, tokenizer)
+    order = np.concatenate([stream.indices(k) for k in range(23)])  # 92 rows are exactly 4 epochs
+    epochs = order.reshape(4, 23)
+    assert (np.sort(epochs, axis=1) == np.arange(23)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_batches_are_the_rows_of_their_indices(tokenizer):
+    rows = make_rows()
+    stream = BatchStream(rows, 4, 7, tokenizer)
+    for k in range(10):
+        assert same(next(stream), [array[stream.indices(k)] for array in rows])
+
+
+def test_resume_gives_the_same_batches_as_an_unbroken_run(tokenizer):
+    stream = BatchStream(make_rows(), 4, 7, tokenizer)
+    for _ in range(9):  # into the second epoch
+        next(stream)
+    state = json.loads(json.dumps(stream.state()))
+    resumed = BatchStream(make_rows(), 4, 7, tokenizer)
+    resumed.restore(state)
+    for _ in range(12):
+        assert same(next(stream), next(resumed))
+    assert stream.state() == resumed.state() and len(json.dumps(state)) < 400
+
+
+def test_seed_changes_the_order(tokenizer):
+    rows = make_rows()
+    assert not same(next(BatchStream(rows, 8, 0, tokenizer)), next(BatchStream(rows, 8, 1, tokenizer)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (dict(rows=make_rows(seed=1)), "rows: "),
+        (dict(rows=make_rows(num_rows=24)), "num_rows: 23 -> 24"),
+        (dict(batch_size=5), "batch_size: 4 -> 5"),
+        (dict(seed=8), "seed: 7 -> 8"),
+    ],
+)
+def test_resume_with_other_data_is_refused_by_name(tokenizer, changed, named):
+    original = dict(rows=make_rows(), batch_size=4, seed=7, tokenizer=tokenizer)
+    state = BatchStream(**original).state()
+    with pytest.raises(UsageError, match=named):
+        BatchStream(**{**original, **changed}).restore(state)
+
+
+def test_resume_with_another_tokenizer_is_refused(tokenizer):
+    class Other:
+        class backend_tokenizer:  # noqa: N801
+            @staticmethod
+            def to_str():
+                return tokenizer.backend_tokenizer.to_str() + " "
+
+    state = BatchStream(make_rows(), 4, 7, tokenizer).state()
+    with pytest.raises(UsageError, match="tokenizer: "):
+        BatchStream(make_rows(), 4, 7, Other()).restore(state)
+
+
+def test_a_change_of_only_the_loss_mask_changes_the_fingerprint(tokenizer):
+    rows = make_rows()
+    weights = rows.loss_weights_BT.copy()
+    weights[3, 2] = 0
+    changed = BatchStream(rows._replace(loss_weights_BT=weights), 4, 7, tokenizer)
+    assert changed.fingerprint != BatchStream(rows, 4, 7, tokenizer).fingerprint
+
+
+def test_one_pass_covers_all_rows_once_in_batches_of_one_shape():
+    rows = make_rows()
+    batches = list(one_pass(rows, 5))
+    assert {batch.tokens_BT.shape for batch in batches} == {(5, 8)}
+    joined = [np.concatenate(arrays) for arrays in zip(*batches)]
+    assert same([array[:23] for array in joined], rows) and not any(array[23:].any() for array in joined)

@@ -1,0 +1,15 @@
+"""No single mistake of the kinds people make with gpt-oss and MXFP4 goes unnoticed by the tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_every_mutant_is_noticed():
+    done = subprocess.run([sys.executable, ROOT / "scripts/mutants.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
