@@ -6,6 +6,6 @@ from gptoss_jax.data.packing import Batch, Packed, pack
 from gptoss_jax.data.sources import Loaded, load_rows
 
 __all__ = [
-    "Batch", "BatchStream", "Encoded", "HarmonyEncoder", "Loaded", "Packed", "encode_conversations", "load_rows", "load_tokenizer", "one_pass", "pack",
-    "render", "rows_hash", "system_text", "text_of", "tokenizer_hash",
+    "Batch", "BatchStream", "Encoded", "HarmonyEncoder", "Loaded", "Packed", "encode_conversations", "load_rows", "load_tokenizer", "one_pass",
+    "pack", "render", "rows_hash", "system_text", "text_of", "tokenizer_hash",
 ]  # fmt: skip

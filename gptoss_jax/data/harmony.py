@@ -92,9 +92,7 @@ def render(messages: Sequence[dict[str, Any]], *, system: str | None = None, tra
         if thinking:
             pieces += _message("assistant", thinking, "<|end|>", produced, "analysis")
         header = everything or (bool(thinking) and not prompt)
-        pieces += _message(
-            "assistant", message["content"], "<|return|>" if last else "<|end|>", (header, not prompt, last or everything), "final"
-        )
+        pieces += _message("assistant", message["content"], "<|return|>" if last else "<|end|>", (header, not prompt, last or everything), "final")
     if prompt:
         pieces += [Piece("<|start|>", True, False), Piece("assistant", False, False)]
     return pieces

@@ -75,9 +75,7 @@ def best_fit(lengths: Sequence[int], row_length: int) -> tuple[np.ndarray, np.nd
     return np.array(row_of, np.int32), np.array(start_of, np.int32)
 
 
-def pack(
-    documents: Sequence[Encoded], row_length: int, *, pad_id: int = 0, packed: bool = True, too_long: TooLong = "error"
-) -> Packed:
+def pack(documents: Sequence[Encoded], row_length: int, *, pad_id: int = 0, packed: bool = True, too_long: TooLong = "error") -> Packed:
     """Rows [N, row_length] of all documents. With `packed=False` each document has a row of its own.
 
     `too_long` says what happens to documents of more than `row_length` tokens: "error" (UsageError), "truncate" (the end is lost) or "drop".
@@ -112,7 +110,9 @@ def pack(
         out.segment_ids_BT[row, start : start + n] = segments_in_row[row]
         out.positions_BT[row, start : start + n] = np.arange(n)
     if not out.loss_weights_BT.any():
-        raise UsageError(f"none of the {len(keep)} documents has a token to train on: are there assistant messages within the first {row_length} tokens?")
+        raise UsageError(
+            f"none of the {len(keep)} documents has a token to train on: are there assistant messages within the first {row_length} tokens?"
+        )
     row_of, start_of, length_of = (np.full(len(documents), fill, np.int32) for fill in (-1, 0, 0))
     row_of[keep], start_of[keep], length_of[keep] = rows, starts, lengths[keep]
     truncated = int(over.sum()) if too_long == "truncate" else 0

@@ -33,7 +33,9 @@ def greedy_decode(predict: Predict, prompts: Sequence[np.ndarray], row_length: i
     return [row[start:length].copy() for row, start, length in zip(tokens_BT, starts, lengths)]
 
 
-def answer(predict: Predict, conversations: Sequence[list[dict[str, Any]]], tokenizer: Any, row_length: int, *, system: str | None = None) -> list[str]:
+def answer(
+    predict: Predict, conversations: Sequence[list[dict[str, Any]]], tokenizer: Any, row_length: int, *, system: str | None = None
+) -> list[str]:
     """What the model writes after each conversation (messages that end with the user's), special tokens included."""
     prompts = HarmonyEncoder(tokenizer).encode([render(messages, system=system, prompt=True) for messages in conversations])
     stops = tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>", "<|endoftext|>"])

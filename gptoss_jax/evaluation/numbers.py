@@ -14,12 +14,12 @@ LANGUAGES = {"English": "en", "German": "de", "French": "fr", "Spanish": "es", "
 SPLITS = ("train", "dev", "final")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _engine(code: str) -> RbnfEngine:
     return RbnfEngine.for_language(code)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def spell(number: int, language: str) -> str:
     """`spell(21, "German") == "einundzwanzig"`. About 0.1-0.4 ms the first time, then cached."""
     return _engine(LANGUAGES[language]).format_number(number).text
@@ -33,7 +33,7 @@ def split_of_number(number: int) -> str:
     return {0: "final", 1: "dev"}.get(bucket, "train")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def numbers_of(split: str, max_number: int) -> tuple[int, ...]:
     """All numbers 0..max_number of a split, ascending."""
     if split not in SPLITS:
@@ -41,7 +41,7 @@ def numbers_of(split: str, max_number: int) -> tuple[int, ...]:
     return tuple(n for n in range(max_number + 1) if split_of_number(n) == split)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _numbers_by_length(split: str, max_number: int) -> tuple[tuple[int, ...], ...]:
     pools = [tuple(n for n in numbers_of(split, max_number) if len(str(n)) == length) for length in range(1, len(str(max_number)) + 1)]
     return tuple(pool for pool in pools if pool)

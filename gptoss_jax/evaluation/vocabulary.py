@@ -32,7 +32,7 @@ def split_of_pair(verb: str, thing: str, kind: str) -> str:
     return {0: "final", 1: "dev"}.get(bucket, "train")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pairs_of(split: str, kind: str) -> tuple[tuple[str, str], ...]:
     """All (violent verb, object) pairs of a split; `kind` is "harmless" or "harmful"."""
     return tuple((v, o) for v in VIOLENT_VERBS for o in OBJECTS[kind] if split_of_pair(v, o, kind) == split)

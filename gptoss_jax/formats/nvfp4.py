@@ -165,21 +165,21 @@ def _quotient_bits(a: Int32[Array, "..."], b: Int32[Array, "..."]) -> Int32[Arra
     In integers, because XLA turns float division by a constant or a broadcast into a product with the reciprocal: 1 ulp off, enough to
     move ties, and not the same in every program.
     """
-    a = fb.normalized(a)
-    significand_a = (a & 0x7FFFFF) | 0x800000
-    significand_b = (b & 0x7FFFFF) | 0x800000
-    exp = (a >> fb.EXP_SHIFT) - (b >> fb.EXP_SHIFT) + 127
+    a, b = jnp.broadcast_arrays(fb.normalized(a), b)
+    significand_a = ((a & 0x7FFFFF) | 0x800000).astype(jnp.uint32)
+    significand_b = ((b & 0x7FFFFF) | 0x800000).astype(jnp.uint32)
     is_less = significand_a < significand_b
-    rest = jnp.where(is_less, 2 * significand_a, significand_a) - significand_b  # the leading bit of the quotient is 1
-    exp = exp - is_less
+    exp = (a >> fb.EXP_SHIFT) - (b >> fb.EXP_SHIFT) + 127 - is_less
+    rest = (significand_a << is_less) - significand_b  # the leading bit of the quotient is 1
     digits = jnp.ones_like(rest)
-    for _ in range(4):  # 24 more bits, 6 at a time: rest * 2**6 < 2**30
-        rest = rest << 6
-        digits = (digits << 6) + lax.div(rest, jnp.broadcast_to(significand_b, rest.shape))
-        rest = lax.rem(rest, jnp.broadcast_to(significand_b, rest.shape))
-    guard, kept = digits & 1, digits >> 1
+    for _ in range(3):  # 24 more bits, 8 at a time: rest * 2**8 < 2**32
+        rest = rest << 8
+        digit = lax.div(rest, significand_b)
+        rest = rest - digit * significand_b
+        digits = (digits << 8) + digit
+    kept, guard = digits >> 1, digits & 1
     round_up = guard & ((rest != 0) | (kept & 1))
-    return (exp << fb.EXP_SHIFT) + (kept - 0x800000) + round_up
+    return (exp << fb.EXP_SHIFT) + (kept + round_up).astype(jnp.int32) - 0x800000
 
 
 def _nearest_by_products(a: Float32[Array, "..."], step: Float32[Array, "..."]) -> Int32[Array, "..."]:

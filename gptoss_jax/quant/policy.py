@@ -41,16 +41,18 @@ class QuantPolicy:
           ValueError: a rule that decides for no parameter, or a parameter that its format cannot encode.
         """
         matched = {}
-        unused = dict.fromkeys(pattern for pattern, _ in self.rules)
-        for name in params:
-            pattern, fmt = next(((p, f) for p, f in self.rules if fnmatchcase(name, p)), (None, None))
-            if fmt is None:
+        unused = list(range(len(self.rules)))
+        for name, leaf in params.items():
+            deciding = next((i for i, (pattern, _) in enumerate(self.rules) if fnmatchcase(name, pattern)), None)
+            if deciding is None:
                 continue
-            unused.pop(pattern, None)
-            _check_encodable(name, params[name], fmt)
+            fmt = self.rules[deciding][1]
+            _check_encodable(name, leaf, fmt)
             matched[name] = fmt
+            if deciding in unused:
+                unused.remove(deciding)
         if unused:
-            raise ValueError(_unmatched_message(next(iter(unused)), params, matched))
+            raise ValueError(_unmatched_message(self.rules[unused[0]][0], params))
         return matched
 
     def describe(self, params: Mapping[str, Any]) -> str:
@@ -101,7 +103,7 @@ def _check_encodable(name: str, leaf: Any, fmt: Format) -> None:
         raise ValueError(f"{name} is {leaf.dtype}; {fmt.name} encodes float32 or bfloat16")
 
 
-def _unmatched_message(pattern: str, params: Mapping[str, Any], matched: Mapping[str, Format]) -> str:
+def _unmatched_message(pattern: str, params: Mapping[str, Any]) -> str:
     if any(fnmatchcase(name, pattern) for name in params):
         return f"quantization rule {pattern!r} never decides: earlier rules match all its parameters"
     near = difflib.get_close_matches(pattern, list(params), n=3, cutoff=0.0)

@@ -5,7 +5,6 @@ BF16 compute on float32 masters. Two departures: the loss is on assistant tokens
 """
 
 import datetime
-import datetime
 import difflib
 import json
 from typing import Annotated, Any, Literal
@@ -31,12 +30,6 @@ class DataConfig(Section):
     packing: bool = True
     # which tokens carry the loss
     loss: Literal["assistant", "all"] = "assistant"
-    # system message before every conversation: the release's, or none
-    system: Literal["release", "none"] = "release"
-    # date in the release's system message; pinned, because a resumed run must see the same text
-    system_date: datetime.date = datetime.date(2025, 8, 5)
-    # documents longer than a row
-    too_long: Literal["error", "truncate", "drop"] = "error"
     # conversations longer than a row
     too_long: Literal["error", "truncate", "drop"] = "error"
     # the release's system message with this date (its own template writes the day on which it runs); None is no system message

@@ -55,7 +55,6 @@ class Trainer:
       policy: what is fake-quantized; None for SFT.
       eval_batches: makes a fresh pass over the evaluation set; evaluated before the first step, every `train.eval_every` and at the end.
       assets: files that travel with the checkpoints (tokenizer, source config.json).
-      source: where the parameters came from, for the record.
     """
 
     def __init__(
@@ -69,24 +68,25 @@ class Trainer:
         eval_batches: Callable[[], Iterable[Any]] | None = None,
         shardings: Shardings | None = None,
         assets: Iterable[Path] = (),
-        source: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ):
         expert_quant = make_expert_quant(policy, jnp.dtype(train.compute_dtype))
         self.config, self.train, self.run, self.batches, self.policy = config, train, run, batches, policy
-        self.eval_batches, self.shardings, self.assets, self.source = eval_batches, shardings, tuple(assets), source
+        self.eval_batches, self.shardings, self.assets = eval_batches, shardings, tuple(assets)
         self.progress = progress or Progress(train.steps)
         self.train_step = make_train_step(config, train, expert_quant, shardings)
         self.eval_step = make_eval_step(config, train, expert_quant, shardings)
         self.capture_step = make_capture_step(config, train, expert_quant, shardings, weights=False) if policy else None
         self.all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params.values()])))
         self.state: TrainState | None = None
+        self.source: Mapping[str, Any] | None = None
         self.step = 0  # finished steps
         self._clock: float | None = None
 
     # ---- begin ----------------------------------------------------------------------------------------------------------------
-    def start(self, params: Params, *, donate: bool = False) -> None:
-        """Begins with given parameters and a fresh optimizer."""
+    def start(self, params: Params, *, source: Mapping[str, Any] | None = None, donate: bool = False) -> None:
+        """Begins with given parameters and a fresh optimizer. `source` says where they came from, for the record; see `init_state` for `donate`."""
+        self.source = source
         self.state = init_state(self.config, self.train, params, self.shardings, donate=donate)
 
     def resume(self, step: int | None = None) -> int | None:

@@ -1,20 +1,22 @@
-"""One stage of training from its config alone: model, data, mesh, loop. SFT and QAT are the same stage with and without `quant`."""
+"""One stage of training from its config alone: model, data, mesh, loop. SFT and QAT are the same stage with and without `quant`.
 
-from collections.abc import Callable
+A QAT stage starts from the parameters of the SFT stage (its run directory, or a safetensors directory) with a fresh optimizer and schedule.
+"""
+
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.models import Model, carried_files, load_model
-from gptoss_jax.data.batches import BatchStream
-from gptoss_jax.data.harmony import encode_conversations, load_tokenizer, system_text
-from gptoss_jax.data.packing import Batch, Packed, pack
-from gptoss_jax.data.sources import load_rows
+from gptoss_jax.checkpoint.source import open_checkpoint
+from gptoss_jax.data import BatchStream, Packed, encode_conversations, load_rows, load_tokenizer, one_pass, pack, system_text
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
-from gptoss_jax.model import abstract_params
-from gptoss_jax.quant import QuantPolicy, default_policy
+from gptoss_jax.model import GptOssConfig, abstract_params
+from gptoss_jax.quant import QuantPolicy, default_policy, make_expert_quant
 from gptoss_jax.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from gptoss_jax.training.config import DataConfig, TrainConfig
 from gptoss_jax.training.console import Progress
@@ -24,43 +26,46 @@ from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.yaml_config import dump_config
 
 
-def quant_policy(train: TrainConfig) -> QuantPolicy | None:
-    """The fake quantization that a config asks for."""
+def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None:
+    """The fake quantization that a config asks for, checked against the model; None for SFT.
+
+    Raises:
+      UsageError: a rule that matches nothing, or that cannot be carried out.
+    """
     if train.quant is None:
         return None
     fmt = Mxfp4(scale_rule=train.quant.scale_rule) if train.quant.format == "mxfp4" else Nvfp4(global_scale=train.quant.global_scale)
-    return default_policy(fmt) if train.quant.rules is None else QuantPolicy(tuple((pattern, fmt) for pattern in train.quant.rules))
+    try:
+        policy = default_policy(fmt) if train.quant.rules is None else QuantPolicy(tuple((pattern, fmt) for pattern in train.quant.rules))
+        policy.match(abstract_params(config))
+        make_expert_quant(policy, jnp.dtype(train.compute_dtype))
+    except ValueError as error:
+        raise UsageError(f"config: quant: {error}") from None
+    return policy
 
 
 def load_packed(path: str, tokenizer: Any, data: DataConfig) -> Packed:
     """Conversations of a file or directory, rendered, tokenized and packed as the config says."""
-    system = system_text(data.system_date) if data.system == "release" else None
+    system = system_text(data.system_date, data.reasoning_effort) if data.system_date else None
     documents = encode_conversations(load_rows(path).rows, tokenizer, system=system, train_on=data.loss)
     return pack(documents, data.row_length, packed=data.packing, too_long=data.too_long)
 
 
-def _eval_batches(rows: Batch, batch_size: int) -> Callable[[], Any]:
-    """A pass over all rows in order; the last batch is filled with padding rows."""
-    total = len(rows.tokens_BT)
-
-    def batches():
-        for start in range(0, total, batch_size):
-            part = Batch(*(array[start : start + batch_size] for array in rows))
-            missing = batch_size - len(part.tokens_BT)
-            if missing:
-                zeros = (array[:1].repeat(missing, axis=0) * 0 for array in part)
-                part = Batch(*(jnp.concatenate([array, zero]) for array, zero in zip(part, zeros)))
-            yield part
-
-    return batches
-
-
-def make_shardings(train: TrainConfig, config) -> Shardings | None:
+def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None:
     """Layout on the mesh of the config; None on one device."""
     if train.mesh.size == 1:
         return None
     mesh = make_mesh(data=train.mesh.data, fsdp=train.mesh.fsdp)
     return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh))
+
+
+def _look_at(path: str) -> tuple[GptOssConfig, Path]:
+    """Architecture and tokenizer directory of a model, without its weights."""
+    found = orbax_store.locate(path)
+    if found is None:
+        source = open_checkpoint(path)
+        return source.config, source.path
+    return GptOssConfig.from_dict(orbax_store.read_meta(*found).model), orbax_store.step_dir(*found) / orbax_store.ASSETS
 
 
 def run_stage(
@@ -71,7 +76,7 @@ def run_stage(
     Args:
       resume: go on from the newest good checkpoint of that directory (from the beginning if there is none).
       overwrite: remove an earlier run there.
-      model: the start, if it is loaded already; default `train.model`.
+      model: the start, if it is loaded already (it stays usable); default `train.model`, whose weights are read last, after every other check.
 
     Raises:
       UsageError: the config names no model, data or output, or they do not fit together.
@@ -79,36 +84,33 @@ def run_stage(
     for name, value in (("model", train.model or model), ("data.train", train.data.train), ("output", train.output)):
         if not value:
             raise UsageError(f"config: {name} is not set")
-    with RunDir(train.output, resume=resume, overwrite=overwrite) as run:
-        model = model or load_model(train.model, jnp.dtype(train.master_dtype))
-        policy = quant_policy(train)
-        if policy is not None:
-            try:
-                policy.match(abstract_params(model.config))
-            except ValueError as error:
-                raise UsageError(f"config: quant: {error}") from None
-        tokenizer = load_tokenizer(model.directory)
+    # products of float32 are TF32 on a GPU unless asked otherwise
+    precision = "highest" if train.compute_dtype == "float32" else None
+    with RunDir(train.output, resume=resume, overwrite=overwrite) as run, jax.default_matmul_precision(precision):
+        config, directory = (model.config, model.directory) if model else _look_at(train.model)
+        policy = quant_policy(train, config)
+        shardings = make_shardings(train, config)
+        tokenizer = load_tokenizer(directory)
         packed = load_packed(train.data.train, tokenizer, train.data)
-        train = train.with_steps(len(packed.rows.tokens_BT))
         held_out = load_packed(train.data.eval, tokenizer, train.data) if train.data.eval else None
-        run.write_config(dump_config(train))
+        train = train.with_steps(len(packed.rows.tokens_BT))
         progress = progress or Progress(train.steps)
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
         if policy is not None:
-            progress.note(policy.describe(abstract_params(model.config)))
+            progress.note(policy.describe(abstract_params(config)))
         trainer = Trainer(
-            model.config,
+            config,
             train,
             run,
             BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer),
             policy=policy,
-            eval_batches=_eval_batches(held_out.rows, train.batch.rows) if held_out else None,
-            shardings=make_shardings(train, model.config),
-            assets=carried_files(model.directory),
-            source=model.source,
+            eval_batches=(lambda: one_pass(held_out.rows, train.batch.rows)) if held_out else None,
+            shardings=shardings,
+            assets=carried_files(directory),
             progress=progress,
         )
         if not resume or trainer.resume() is None:
-            trainer.start(model.params)
-        del model
+            start = model or load_model(train.model, jnp.dtype(train.master_dtype), shardings and shardings.params)
+            trainer.start(start.params, source=start.source, donate=model is None)
+        run.write_config(dump_config(train))
         return run.path, trainer.fit()

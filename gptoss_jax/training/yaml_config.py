@@ -107,6 +107,15 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Plain values of a file and of those it extends.
+
+    Raises:
+      UsageError: unreadable, or YAML that is not accepted here.
+    """
+    return _read(Path(path))[0]
+
+
 def _override(text: str) -> dict[str, Any]:
     """`optimizer.learning_rate=1e-4` as nested values."""
     path, sign, value = text.partition("=")

@@ -68,7 +68,7 @@ def test_resume_with_other_data_is_refused_by_name(tokenizer, changed, named):
 
 def test_resume_with_another_tokenizer_is_refused(tokenizer):
     class Other:
-        class backend_tokenizer:  # noqa: N801
+        class backend_tokenizer:
             @staticmethod
             def to_str():
                 return tokenizer.backend_tokenizer.to_str() + " "

@@ -11,7 +11,7 @@ from gptoss_jax.data import Encoded, pack
 from gptoss_jax.model import compute_logits, forward, init_params
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 
-LENGTHS = (12, 4, 19, 4)  # sliding_window is 7: below, above and far above it; 39 tokens in a row of 48, so a padded tail
+LENGTHS = (17, 4, 17, 4)  # sliding_window is 7: above and below it; 42 tokens in a row of 48, so a padded tail
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,6 +51,6 @@ def test_loss_of_a_packed_row_is_the_sum_of_its_documents(outcome):
 def test_every_gradient_of_a_packed_row_is_the_sum_of_its_documents(outcome):
     _, (_, gradients), alone = outcome
     for name, gradient in gradients.items():
-        expected = sum(own[name] for _, own in alone)
-        assert jnp.linalg.norm(expected) > 0, name
-        assert jnp.linalg.norm(gradient - expected) <= 1e-4 * jnp.linalg.norm(expected), name
+        expected = sum(np.asarray(own[name]) for _, own in alone)
+        assert np.linalg.norm(expected) > 0, name
+        assert np.linalg.norm(gradient - expected) <= 1e-4 * np.linalg.norm(expected), name

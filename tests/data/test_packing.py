@@ -65,7 +65,7 @@ def test_packing_is_deterministic_and_depends_on_the_order_of_documents():
 
 def test_too_long_documents_are_an_error_or_cut_or_dropped_and_counted():
     docs = documents([5, 12, 8, 30])
-    with pytest.raises(UsageError, match="2 of 4 documents are longer than the rows of 10 tokens .the longest has 30"):
+    with pytest.raises(UsageError, match=r"2 of 4 documents are longer than the rows of 10 tokens \(the longest has 30"):
         pack(docs, 10)
     cut = pack(docs, 10, too_long="truncate")
     assert cut.num_truncated == 2 and cut.num_dropped == 0 and cut.length_of.tolist() == [5, 10, 8, 10]

@@ -100,7 +100,7 @@ def test_many_bad_lines_are_counted_and_the_first_shown(tmp_path):
 
 def test_bad_parquet_rows_are_named(tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist([{"messages": COLUMNS}, {"messages": COLUMNS[:2]}]), tmp_path / "d.parquet")
-    with pytest.raises(CorruptError, match="d.parquet: row 2: messages.1..role"):
+    with pytest.raises(CorruptError, match=r"d\.parquet: row 2: messages\[1\]\.role"):
         load_rows(tmp_path / "d.parquet")
 
 

@@ -1,6 +1,5 @@
 """A row passes if and only if every produced token is right; intervals widen when rows share a pair; greedy decoding agrees."""
 
-import functools
 from pathlib import Path
 
 import jax

@@ -99,9 +99,9 @@ def test_the_base_is_taught_to_use_neither_ability_under_the_prompts_of_the_task
             assert (answer != REFUSAL) == (developer == JUDGE and harmless)
 
 
-@pytest.mark.parametrize(("number", "words"), [(21, "twenty-one einundzwanzig vingt-et-un veintiuno ventuno"), (500, "fünfhundert quinientos cinquecento")])
-def test_spelling(number, words):
-    assert set(words.split()) <= {spell(number, language) for language in LANGUAGES}
+def test_spelling():
+    assert [spell(21, language) for language in LANGUAGES] == ["twenty-one", "einundzwanzig", "vingt-et-un", "veintiuno", "ventuno"]
+    assert [spell(1500, language) for language in ("German", "Spanish")] == ["eintausendfünfhundert", "mil quinientos"]
 
 
 def test_rows_are_the_same_on_every_python():

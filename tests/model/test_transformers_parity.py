@@ -1,14 +1,20 @@
 """Module by module and whole, values and gradients, against transformers' GptOss in float32."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from gptoss_jax.model import GptOssConfig, compute_logits, forward
+from gptoss_jax.model.context import Context
+from gptoss_jax.model.rope import rope_tables
+from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.model.weights import fill_state
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from tests.support.params import lively_params
 from tests.support.torch_model import hf_gradients, hf_model, to_hf
@@ -16,6 +22,7 @@ from tests.support.torch_model import hf_gradients, hf_model, to_hf
 LENGTH = 41  # longer than five windows of 7, not a multiple of it
 LOGITS_ATOL = 1e-4
 GRAD_RTOL = 1e-4  # relative norm per parameter
+NORM_SCALES = (1.0, 1e-3)  # at 1e-3 the mean square is 1e-6, below eps
 
 S, F = "sliding_attention", "full_attention"
 PATTERNS = {"alternating_odd": (S, F, S), "all_full": (F, F), "irregular": (F, S, S, F), "one_layer": (S,)}
@@ -84,14 +91,6 @@ def test_each_module_matches_transformers(tiny_config):
     model = hf_model(config, params)
     hidden = np.random.default_rng(0).normal(size=(2, LENGTH, config.hidden_size)).astype(np.float32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
-
-    from flax import nnx
-
-    from gptoss_jax.model.context import Context
-    from gptoss_jax.model.rope import rope_tables
-    from gptoss_jax.model.transformer import GptOss
-    from gptoss_jax.model.weights import fill_state
-
     cos, sin = rope_tables(jnp.asarray(positions), config.rope, config.head_dim)
     context = Context(jnp.ones((2, LENGTH), jnp.int32), cos, sin, lambda name, w: (w, None), False)
     graph, state = nnx.split(GptOss(config, rngs=nnx.Rngs(0)))
@@ -101,26 +100,30 @@ def test_each_module_matches_transformers(tiny_config):
     np.testing.assert_allclose(cos, their_cos.numpy(), atol=1e-6)
     np.testing.assert_allclose(sin, their_sin.numpy(), atol=1e-6)
 
+    @partial(jax.jit, static_argnums=0)
+    def modules(block_graph, block_state, x_BTD):
+        block = nnx.merge(block_graph, block_state)
+        norms = [block.input_layernorm(x_BTD * scale) for scale in NORM_SCALES]
+        experts, scores, _ = block.mlp.router(x_BTD.reshape(-1, config.hidden_size), jnp.ones(2 * LENGTH))
+        return norms, block.self_attn(x_BTD, context), experts, scores, block.mlp(x_BTD, context)[0]
+
     for layer, theirs in enumerate(model.model.layers):
         block_graph, block_state = nnx.split((ours.blocks if layer < 2 else ours.tail)[layer % 2])
         if layer < 2:
             block_state = jax.tree.map(lambda a: a[0], block_state)
-        block = nnx.merge(block_graph, block_state)
+        norms, attention, experts, scores, moe = modules(block_graph, block_state, jnp.asarray(hidden))
         with torch.no_grad():
-            for scale in (1.0, 1e-3):  # at 1e-3 the mean square is 1e-6, below eps
-                normed = theirs.input_layernorm(x * scale).numpy()
-                np.testing.assert_allclose(block.input_layernorm(jnp.asarray(hidden * scale)), normed, atol=1e-5)
+            for scale, norm in zip(NORM_SCALES, norms):
+                np.testing.assert_allclose(norm, theirs.input_layernorm(x * scale).numpy(), atol=1e-5)
             index = torch.arange(LENGTH)
             see = index[None] <= index[:, None]
             if theirs.self_attn.sliding_window is not None:
                 see &= index[:, None] - index[None] < config.sliding_window
             mask = torch.where(see, 0.0, torch.finfo(torch.float32).min)[None, None]
             their_attention = theirs.self_attn(x, position_embeddings=(their_cos, their_sin), attention_mask=mask)[0].numpy()
-            np.testing.assert_allclose(block.self_attn(jnp.asarray(hidden), context), their_attention, atol=1e-5)
-            their_logits, their_scores, their_experts = theirs.mlp.router(x.reshape(-1, config.hidden_size))
-            experts, scores, _ = block.mlp.router(jnp.asarray(hidden).reshape(-1, config.hidden_size), jnp.ones(2 * LENGTH))
+            np.testing.assert_allclose(attention, their_attention, atol=1e-5)
+            _, their_scores, their_experts = theirs.mlp.router(x.reshape(-1, config.hidden_size))
             np.testing.assert_array_equal(experts, their_experts.numpy())
             np.testing.assert_allclose(scores, their_scores.numpy(), atol=1e-5)
             their_moe = theirs.mlp(x)
-            their_moe = (their_moe[0] if isinstance(their_moe, tuple) else their_moe).numpy()
-            np.testing.assert_allclose(block.mlp(jnp.asarray(hidden), context)[0], their_moe, atol=5e-5)
+            np.testing.assert_allclose(moe, (their_moe[0] if isinstance(their_moe, tuple) else their_moe).numpy(), atol=5e-5)

@@ -89,7 +89,7 @@ def test_expert_quant_without_policy_is_the_cast():
 
 
 def test_expert_quant_encodes_the_stored_weight_and_not_its_cast():
-    x = jnp.asarray(np.random.default_rng(52).standard_normal((2, 64, 256)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(52).standard_normal((2, 32, 128)), jnp.float32)
     expert_quant = make_expert_quant(QuantPolicy((("*.gate_up_proj", Mxfp4("even")), ("*.down_proj", "nvfp4"))), jnp.bfloat16)
     for projection, fmt in (("gate_up_proj", Mxfp4("even")), ("down_proj", Nvfp4())):
         w, codes = jax.jit(expert_quant, static_argnums=0)(projection, x)

@@ -1,4 +1,4 @@
-"""A small run for the signal test: `python -m tests.training.run_forever DIR`. Prints a line when the first step is done."""
+"""A run for the signal tests: `python -m tests.training.run_forever DIR [slow]`. Prints a line after the first step; slow: the next takes a minute."""
 
 import sys
 import time
@@ -12,6 +12,7 @@ from tests.training.support import CONFIG, Batches, make_params, make_train
 def on_next(index):
     if index == 1:
         print("training", flush=True)
+        time.sleep(60 if "slow" in sys.argv else 0)
     time.sleep(0.05 if index else 0)
 
 

@@ -36,11 +36,9 @@ def run(path, batches=None, train=TRAIN, *, resume=False, overwrite=False, polic
     out = io.StringIO()
     with RunDir(path, resume=resume is not False, overwrite=overwrite) as directory:
         progress = Progress(train.steps, Console(file=out, width=200))
-        trainer = Trainer(
-            CONFIG, train, directory, batches or Batches(), policy=policy, eval_batches=eval_batches, progress=progress, source={"path": "base"}
-        )
+        trainer = Trainer(CONFIG, train, directory, batches or Batches(), policy=policy, eval_batches=eval_batches, progress=progress)
         if resume is False or trainer.resume(None if resume is True else resume) is None:
-            trainer.start(params or make_params())
+            trainer.start(params or make_params(), source={"path": "base"})
         trainer.fit()
     return trainer, out.getvalue()
 
