@@ -53,7 +53,9 @@ class ShardingRules:
             shards = math.prod(mesh.shape[a] for a in mesh_axes)
             if size % shards:
                 fits = [n for n in range(1, shards) if size % n == 0]
-                raise UsageError(f"{name}: dimension {logical!r} of size {size} does not divide by {'*'.join(mesh_axes)} = {shards}; it divides by {fits}")
+                raise UsageError(
+                    f"{name}: dimension {logical!r} of size {size} does not divide by {'*'.join(mesh_axes)} = {shards}; it divides by {fits}"
+                )
             entries.append(mesh_axes or None)
         last_shards = math.prod(mesh.shape[a] for a in entries[-1] or ())
         if name.endswith(("gate_up_proj", "down_proj")) and (shape[-1] // last_shards) % QUANT_BLOCK and last_shards > 1:

@@ -90,9 +90,8 @@ def _measure(name: RowName, seed: int, scores: Scores, steps: int) -> Measured:
     tasks = {task: scores.select(task=task) for task in ("A", "B", "H", "Eng")}
     tasks["A_other"] = tasks["A"].without(language="English")
     rates = {task: part.pass_rate() for task, part in tasks.items()}
-    return Measured(
-        row=name, seed=seed, pass_rates={t: (r.passed, r.total, r.low, r.high) for t, r in rates.items()}, loss=scores.mean_loss(), steps_trained=steps
-    )
+    counts = {task: (rate.passed, rate.total, rate.low, rate.high) for task, rate in rates.items()}
+    return Measured(row=name, seed=seed, pass_rates=counts, loss=scores.mean_loss(), steps_trained=steps)
 
 
 class Recipe:

@@ -100,7 +100,7 @@ def test_newest_steps_are_kept_and_found(tmp_path):
 
 def damages(root: Path):
     """One damaged copy of every kind for every file of a step: a flipped bit, a lost byte, an emptied and a removed file."""
-    for file in sorted(p for p in root.rglob("*") if p.is_file() and p.name != store.MANIFEST):
+    for file in sorted(p for p in root.rglob("*") if p.is_file() and p.stat().st_size and p.name != store.MANIFEST):
         content = file.read_bytes()
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 4
@@ -189,7 +189,7 @@ for step in itertools.count(1):
 def test_killed_process_leaves_only_whole_steps(tmp_path):
     """kill -9 at moments spread over several saves; what is listed restores, the half-written step is neither listed nor in the way."""
     rng = np.random.default_rng(0)
-    for attempt in range(3):
+    for attempt in range(2):
         directory = tmp_path / str(attempt)
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"

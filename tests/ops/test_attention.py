@@ -47,7 +47,8 @@ def test_sliding_chunks_equal_dense_values_and_gradients(length, window):
     cotangent = jax.random.normal(jax.random.key(7), args[0].shape)
 
     def run(function):
-        return jax.jit(jax.value_and_grad(lambda q, k, v, s: jnp.sum(function(q, k, v, s, args[4], window) * cotangent), argnums=(0, 1, 2, 3)))(*args[:4])
+        loss = lambda q, k, v, s: jnp.sum(function(q, k, v, s, args[4], window) * cotangent)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*args[:4])
 
     (value, grads), (expected, expected_grads) = run(local_attention), run(attention_reference)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)

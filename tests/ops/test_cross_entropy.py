@@ -24,7 +24,8 @@ def test_value_and_gradients_do_not_depend_on_the_blocks(monkeypatch, block_logi
 
 def test_peak_memory_does_not_hold_all_logits(monkeypatch):
     monkeypatch.setattr(op, "MAX_BLOCK_LOGITS", 1 << 16)
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((4, 512, 8), jnp.float32), ((1024, 8), jnp.float32), ((4, 512), jnp.int32), ((4, 512), jnp.float32))]
+    arguments = ((4, 512, 8), jnp.float32), ((1024, 8), jnp.float32), ((4, 512), jnp.int32), ((4, 512), jnp.float32)
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
     compiled = jax.jit(jax.grad(lambda h, w, t, u: op.cross_entropy_sum(h, w, t, u, jnp.float32), argnums=(0, 1))).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 512 * 1024 * 4 / 4
 

@@ -4,7 +4,6 @@ Real QAT steps move float32 masters; then the compiled training step (scan, rema
 expert weights that it consumed. These must equal the decoded export. The same comparison must fail when the exporter is given something else.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
