@@ -62,6 +62,8 @@ def export_hf(
       CorruptError: NaN or infinite values, or an MXFP4 scale that bfloat16 cannot hold, with the tensor's name.
       RunError: no room, an unwritable place, or a failed verification.
     """
+    if jax.process_count() > 1:
+        raise UsageError("export runs in a single process; save a checkpoint and export that")
     fmt = _checked_format(format, bake)
     _check_params(config, params, fmt or bake)
     companions, source_config = read_companions(source_dir)

@@ -223,21 +223,27 @@ def read_meta(directory: str | Path, step: int) -> Meta:
     return Meta(**raw)
 
 
-def restore(directory: str | Path, step: int, params: Mapping[str, jax.ShapeDtypeStruct], optimizer: Any) -> tuple[dict[str, jax.Array], Any]:
+def restore(
+    directory: str | Path, step: int, params: Mapping[str, jax.ShapeDtypeStruct], optimizer: Any, *, verified: bool = False
+) -> tuple[dict[str, jax.Array], Any]:
     """Verified parameters and optimizer of a step.
 
     Args:
       params, optimizer: abstract arrays, with shardings where they are not to lie on the first device.
+      verified: the caller has just run `verify` on this step.
 
     Raises:
       CorruptError: damaged, or of other names, shapes or dtypes than asked for.
     """
+    if not verified:
+        verify(directory, step)
     loaded = _restore(directory, step, _stored(directory, step), {"params": dict(params), "optimizer": optimizer})
     return loaded["params"], loaded["optimizer"]
 
 
 def restore_params(directory: str | Path, step: int, shardings: Mapping[str, Sharding] | None = None) -> dict[str, jax.Array]:
     """Verified parameters of a step in the dtype in which they are stored (the masters), without the optimizer."""
+    verify(directory, step)
     stored = _stored(directory, step)
     place = shardings or dict.fromkeys(stored["params"])
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name]) for name, leaf in stored["params"].items()}
@@ -245,8 +251,7 @@ def restore_params(directory: str | Path, step: int, shardings: Mapping[str, Sha
 
 
 def _stored(directory: str | Path, step: int) -> dict[str, Any]:
-    """Trees of shapes and dtypes that a step holds, after its verification."""
-    verify(directory, step)
+    """Trees of shapes and dtypes that a step holds."""
     return ocp.checkpointables_metadata(step_dir(directory, step).absolute() / ARRAYS).metadata
 
 

@@ -89,36 +89,37 @@ class Trainer:
         self.source = source
         self.state = init_state(self.config, self.train, params, self.shardings, donate=donate)
 
-    def resume(self, step: int | None = None) -> int | None:
-        """Continues from a checkpoint of this run: `step`, or the newest that is whole (a damaged one is set aside with a warning).
+    def resume(self) -> int | None:
+        """Continues from the newest checkpoint of this run that is whole; a damaged one is set aside with a warning.
 
-        Returns the step, or None where there is no checkpoint.
+        Returns its step, or None where there is no checkpoint.
 
         Raises:
-          UsageError: the run was made with other settings or another model.
-          CorruptError: the named step is damaged, or all are.
+          UsageError: the run was made with other settings, another model or other data.
+          CorruptError: all checkpoints are damaged.
         """
-        steps = [step] if step is not None else orbax_store.list_steps(self.run.checkpoints)[::-1]
-        for candidate in steps:
+        steps = orbax_store.list_steps(self.run.checkpoints)
+        while steps:
             try:
-                self._restore(candidate)
+                orbax_store.verify(self.run.checkpoints, steps[-1])
                 break
             except CorruptError as error:
-                if candidate == steps[-1]:
+                if len(steps) == 1:
                     raise
-                moved = orbax_store.quarantine(self.run.checkpoints, candidate)
+                moved = orbax_store.quarantine(self.run.checkpoints, steps.pop())
                 self.progress.note(f"WARNING: {error}; moved to {moved.name}, going on with the step before")
+        if steps:
+            self._restore(steps[-1])
         self.run.rewind_metrics(self.step if steps else -1)
         return self.step if steps else None
 
     def _restore(self, step: int) -> None:
         directory = self.run.checkpoints
-        orbax_store.verify(directory, step)
         meta = orbax_store.read_meta(directory, step)
         _check_same_run(meta, self.config, self.train, f"{directory / str(step)}")
         target = abstract_state(self.config, self.train, self.shardings)
         params, (opt_state, skipped, in_row) = orbax_store.restore(
-            directory, step, target.params, (target.opt_state, target.skipped, target.skipped_in_row)
+            directory, step, target.params, (target.opt_state, target.skipped, target.skipped_in_row), verified=True
         )
         counter = jax.device_put(jnp.int32(step), target.step.sharding)
         self.state = TrainState(counter, params, opt_state, skipped, in_row)

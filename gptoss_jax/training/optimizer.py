@@ -25,7 +25,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
 
 # names that weight decay never touches
-NO_DECAY = ("*bias", "*norm.weight", "*layernorm.weight", "*.sinks", "*.router.*", "embed_tokens.weight", "lm_head.weight")
+NO_DECAY = ("*bias", "*norm.weight", "*.sinks", "*.router.*", "embed_tokens.weight", "lm_head.weight")
 
 
 class Optimizer(NamedTuple):
@@ -62,9 +62,12 @@ def decays(name: str) -> bool:
 
 
 def cosine_schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable[[Array], Array]:
-    """Linear warm-up over `warmup_ratio` of the steps (0 at no step: step 0 has 1/warmup of the peak), then a cosine to `min_ratio`.
+    """Linear warm-up over `warmup_ratio` of the steps, then a cosine to `min_ratio`. No step has rate 0.
 
-    With w warm-up steps and n in all: lr(s) = peak * (s+1)/w for s < w; then peak * (m + (1-m) * (1 + cos(pi * (s-w)/(n-w))) / 2).
+    With w warm-up steps, n in all and m = `min_ratio`:
+
+        lr(s) = peak * (s + 1) / w                                        for s < w
+        lr(s) = peak * (m + (1 - m) * (1 + cos(pi * (s - w) / (n - w))) / 2)   for s >= w
     """
     warmup = min(round(config.warmup_ratio * steps), steps - 1)
 

@@ -3,6 +3,7 @@
 A QAT stage starts from the parameters of the SFT stage (its run directory, or a safetensors directory) with a fresh optimizer and schedule.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def run_stage(
         if not value:
             raise UsageError(f"config: {name} is not set")
     # products of float32 are TF32 on a GPU unless asked otherwise
-    precision = "highest" if train.compute_dtype == "float32" else None
-    with RunDir(train.output, resume=resume, overwrite=overwrite) as run, jax.default_matmul_precision(precision):
+    precision = jax.default_matmul_precision("highest") if train.compute_dtype == "float32" else nullcontext()
+    with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
         config, directory = (model.config, model.directory) if model else _look_at(train.model)
         policy = quant_policy(train, config)
         shardings = make_shardings(train, config)

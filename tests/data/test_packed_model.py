@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gptoss_jax.data import Encoded, pack
-from gptoss_jax.model import compute_logits, forward, init_params
+from gptoss_jax.model import compute_logits, forward
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from tests.support.params import lively_params
 
 LENGTHS = (17, 4, 17, 4)  # sliding_window is 7: above and below it; 42 tokens in a row of 48, so a padded tail
 
@@ -27,9 +28,7 @@ def run(config, params, batch):
 @pytest.fixture(scope="module")
 def outcome(tiny_config):
     rng = np.random.default_rng(0)
-    params = init_params(tiny_config, jax.random.key(1))
-    keys = jax.random.split(jax.random.key(2), len(params))
-    params = {name: value + 0.3 * jax.random.normal(key, value.shape) for key, (name, value) in zip(keys, params.items())}  # biases and sinks too
+    params = lively_params(tiny_config)
     documents = [Encoded(rng.integers(0, tiny_config.vocab_size, n).astype(np.int32), rng.random(n) < 0.7) for n in LENGTHS]
     packed = pack(documents, 48)
     assert len(packed.rows.tokens_BT) == 1

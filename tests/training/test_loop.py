@@ -3,14 +3,13 @@
 import io
 import json
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.hashes import code_hashes
-from gptoss_jax.errors import CorruptError, NumericsError, RunError, UsageError
+from gptoss_jax.errors import NumericsError, RunError, UsageError
 from gptoss_jax.formats import Mxfp4
 from gptoss_jax.quant import default_policy
 from gptoss_jax.training.console import Progress
@@ -34,10 +33,10 @@ def eval_batches():
 def run(path, batches=None, train=TRAIN, *, resume=False, overwrite=False, policy=None, params=None):
     """A whole run; returns the trainer and what it printed."""
     out = io.StringIO()
-    with RunDir(path, resume=resume is not False, overwrite=overwrite) as directory:
+    with RunDir(path, resume=resume, overwrite=overwrite) as directory:
         progress = Progress(train.steps, Console(file=out, width=200))
         trainer = Trainer(CONFIG, train, directory, batches or Batches(), policy=policy, eval_batches=eval_batches, progress=progress)
-        if resume is False or trainer.resume(None if resume is True else resume) is None:
+        if not resume or trainer.resume() is None:
             trainer.start(params or make_params(), source={"path": "base"})
         trainer.fit()
     return trainer, out.getvalue()
@@ -108,10 +107,9 @@ def test_damaged_newest_checkpoint_is_set_aside_and_the_one_before_continues(unb
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CorruptError, match=f"step 4 is damaged: .*{file.name}"):
-        run(tmp_path / "out", resume=4)
     trainer, printed = run(tmp_path / "out", resume=True)
-    assert "WARNING: " in printed and (checkpoints / "4.corrupt").is_dir()
+    assert "WARNING: " in printed and f"step 4 is damaged: {file.relative_to(checkpoints / '4')}" in printed
+    assert (checkpoints / "4.corrupt").is_dir() and orbax_store.list_steps(checkpoints) == [4, 6]
     assert bits(trainer.state) == bits(unbroken[1].state) and metrics_of(tmp_path / "out") == metrics_of(unbroken[0])
 
 
@@ -191,4 +189,3 @@ def test_qat_checkpoint_carries_the_hashes_of_the_codes_of_its_masters(tmp_path)
     assert bits(params) == bits(trainer.state.params) and meta.quant == policy.to_dict()
     rounded = {name: Mxfp4().encode(params[name].astype("bfloat16")) for name in codes}
     assert all(meta.code_hashes[key] != value for key, value in code_hashes(CONFIG, rounded).items())
-    assert jax.tree.leaves(codes)
