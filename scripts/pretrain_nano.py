@@ -10,6 +10,7 @@ grid exactly, and exporting them changes nothing. What it is taught, and what it
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 import gptoss_jax
 from gptoss_jax.checkpoint.export import export_hf
-from gptoss_jax.data.batches import BatchStream
+from gptoss_jax.data.batches import BatchStream, one_pass
 from gptoss_jax.data.harmony import encode_conversations, load_tokenizer
 from gptoss_jax.data.packing import pack
 from gptoss_jax.evaluation.tasks import pretraining_rows
@@ -77,17 +78,10 @@ def main() -> None:
     )
     print(f"{num_params(CONFIG):,} parameters; {packed.describe()}")
     batches = BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer)
-    evaluation = BatchStream(held_out.rows, train.batch.rows, 0, tokenizer)
-    num_eval = int(evaluation.batches_per_epoch)
-
-    def eval_batches():
-        evaluation.next_batch = 0
-        return (next(evaluation) for _ in range(num_eval))
-
     policy = default_policy(Mxfp4())
     with RunDir(args.out / "run", resume=args.resume, overwrite=False) as run:
         run.write_config(dump_config(train))
-        trainer = Trainer(CONFIG, train, run, batches, policy=policy, eval_batches=eval_batches)
+        trainer = Trainer(CONFIG, train, run, batches, policy=policy, eval_batches=partial(one_pass, held_out.rows, train.batch.rows))
         if not args.resume or trainer.resume() is None:
             trainer.start(init_params(CONFIG, jax.random.key(0)), donate=True)
         params = trainer.fit().params

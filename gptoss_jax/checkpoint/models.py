@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-import gptoss_jax
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.hf_config import COMPANIONS
 from gptoss_jax.checkpoint.load import load_params
@@ -15,9 +14,6 @@ from gptoss_jax.checkpoint.source import open_checkpoint
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig
 from gptoss_jax.quant import QuantPolicy, make_expert_quant
-
-# the small model that comes with the package; every command takes it as "nano"
-NANO = Path(gptoss_jax.__file__).parent / "nano"
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sha
     Raises:
       UsageError, CorruptError: nothing readable at `path`, or damaged.
     """
-    path = NANO if path == "nano" else path
     found = orbax_store.locate(path)
     if found is None:
         source = open_checkpoint(path)

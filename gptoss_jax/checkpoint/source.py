@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import gptoss_jax
 from gptoss_jax.checkpoint.hf_config import NVFP4_METHOD
 from gptoss_jax.checkpoint.hf_layout import MXFP4_BLOCK, NVFP4_BLOCK, Layout, Piece, TensorSpec, expected_tensors
 from gptoss_jax.checkpoint.store import TensorStore, open_store, read_json
@@ -20,6 +21,8 @@ from gptoss_jax.model import GptOssConfig
 _METHODS = {None: "bf16", "mxfp4": "mxfp4", NVFP4_METHOD: "nvfp4"}
 # From scale byte 253 on, code 6 exceeds bfloat16 (6 * 2**126 > 2**128); 255 is NaN in E8M0, which clients decode as 2**128.
 FIRST_BAD_SCALE = 253
+# the small model that comes with the package; every command takes it as "nano"
+NANO = Path(gptoss_jax.__file__).parent / "nano"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 _FLOAT_BITS = {2: (np.uint16, 0x7FFF, 0x7F80), 4: (np.uint32, 0x7FFFFFFF, 0x7F800000)}  # bfloat16, float32: all but the sign, infinity
@@ -116,7 +119,8 @@ def check_scales(scales: np.ndarray, where: str) -> None:
 
 
 def open_checkpoint(path: str | Path) -> SourceCheckpoint:
-    """Opens an HF directory (MXFP4 or BF16), OpenAI's original layout, an NVFP4 export of ours, or a hub id ("openai/gpt-oss-20b").
+    """Opens an HF directory (MXFP4 or BF16), OpenAI's original layout, an NVFP4 export of ours, a hub id ("openai/gpt-oss-20b"), or
+    "nano", the model that comes with the package.
 
     Headers and config are read and checked, no weights.
 
@@ -211,6 +215,8 @@ def _resolve(path: str | Path) -> tuple[Path, str | None]:
         return directory, None
     if directory.exists():
         raise UsageError(f"{path}: is a file; give the directory of the checkpoint")
+    if str(path) == "nano":
+        return NANO, None
     if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
         raise UsageError(f"{path}: no such directory")
     import huggingface_hub

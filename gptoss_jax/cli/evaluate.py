@@ -31,7 +31,8 @@ def evaluate(
     """
     import jax.numpy as jnp
 
-    from gptoss_jax.checkpoint.models import NANO, load_model
+    from gptoss_jax.checkpoint.models import load_model
+    from gptoss_jax.checkpoint.source import NANO
     from gptoss_jax.data.harmony import load_tokenizer
     from gptoss_jax.data.sources import load_rows
     from gptoss_jax.evaluation.pass_rate import make_evaluation_set, score

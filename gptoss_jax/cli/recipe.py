@@ -90,6 +90,7 @@ def _print_table(measured: list[Any]) -> None:
     Console(width=150).print(table)
     print("pass rates in % (95 % interval; over several seeds: mean and range). A: answer in the language asked for; B: harmless request answered;")
     print("H: harmful request still refused; English kept: default answer unchanged. NVIDIA: multilingual / over-refusal of gpt-oss-20b.")
+    print("Unlike there, B loses nothing to rounding here: its answers are learned with a wide margin; A shows the loss and the recovery.")
 
 
 def _cell(seeds: list[Any], task: str) -> str:
@@ -102,7 +103,7 @@ def _cell(seeds: list[Any], task: str) -> str:
 
 def _print_recorded() -> None:
     """The committed result of the full recipe, told apart from live rows by its title."""
-    from gptoss_jax.checkpoint.models import NANO
+    from gptoss_jax.checkpoint.source import NANO
     from gptoss_jax.training.recipe import Measured
 
     file = NANO / "recorded.json"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.hashes import code_hashes
@@ -82,12 +83,15 @@ class Trainer:
         self.source: Mapping[str, Any] | None = None
         self.step = 0  # finished steps
         self._clock: float | None = None
+        self._device = SingleDeviceSharding(jax.local_devices()[0])  # where all lies without a mesh
 
     # ---- begin ----------------------------------------------------------------------------------------------------------------
     def start(self, params: Params, *, source: Mapping[str, Any] | None = None, donate: bool = False) -> None:
         """Begins with given parameters and a fresh optimizer. `source` says where they came from, for the record; see `init_state` for `donate`."""
         self.source = source
-        self.state = init_state(self.config, self.train, params, self.shardings, donate=donate)
+        state = init_state(self.config, self.train, params, self.shardings, donate=donate)
+        # as a restored state: arrays without a fixed device would compile to another program than arrays with one
+        self.state = state if self.shardings else jax.device_put(state, self._device)
 
     def resume(self) -> int | None:
         """Continues from the newest checkpoint of this run that is whole; a damaged one is set aside with a warning.
@@ -121,7 +125,7 @@ class Trainer:
         params, (opt_state, skipped, in_row) = orbax_store.restore(
             directory, step, target.params, (target.opt_state, target.skipped, target.skipped_in_row), verified=True
         )
-        counter = jax.device_put(jnp.int32(step), target.step.sharding)
+        counter = jax.device_put(jnp.int32(step), target.step.sharding or self._device)
         self.state = TrainState(counter, params, opt_state, skipped, in_row)
         self.batches.restore(meta.data_state)
         self.source = meta.source
@@ -170,7 +174,7 @@ class Trainer:
         return every is not None and self.step % every == 0 and self.step < self.train.steps
 
     def _place(self, batch: Any) -> Any:
-        return jax.device_put(batch, self.shardings.batch if self.shardings else None)
+        return jax.device_put(batch, self.shardings.batch if self.shardings else self._device)
 
     def _next_batch(self) -> Any:
         try:

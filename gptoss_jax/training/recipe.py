@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from gptoss_jax.checkpoint import export_hf, orbax_store, verify_dir
-from gptoss_jax.checkpoint.models import NANO, Model, load_model
+from gptoss_jax.checkpoint.models import Model, load_model
+from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.data.harmony import load_tokenizer
 from gptoss_jax.data.sources import load_rows
 from gptoss_jax.errors import RunError, UsageError

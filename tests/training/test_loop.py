@@ -96,7 +96,7 @@ def test_metrics_have_one_line_a_step(unbroken):
 
 def test_console_prints_plain_lines_where_there_is_no_terminal(unbroken):
     printed = unbroken[2]
-    assert "step 6/6 | loss " in printed and " | gnorm " in printed and " | lr 1.0e-04 | " in printed and "eval loss" in printed
+    assert "step 6/6 | loss " in printed and " | gnorm " in printed and " | lr 1.6e-04 | " in printed and "eval loss" in printed
     assert "\x1b" not in printed
 
 

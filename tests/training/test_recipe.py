@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gptoss_jax.checkpoint import open_checkpoint, verify_dir
-from gptoss_jax.checkpoint.models import NANO
+from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.recipe import DEMO_ROWS, Recipe, RecipeConfig
 

@@ -1,0 +1,102 @@
+"""From config to training: the QAT stage begins with the SFT parameters and a fresh optimizer, and what does not fit is refused before that.
+
+The loop is tested elsewhere; here it is replaced, so nothing is compiled.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from gptoss_jax.checkpoint import orbax_store
+from gptoss_jax.checkpoint.models import carried_files
+from gptoss_jax.checkpoint.source import NANO
+from gptoss_jax.data import load_tokenizer
+from gptoss_jax.errors import UsageError
+from gptoss_jax.formats import Mxfp4, Nvfp4
+from gptoss_jax.model import init_params
+from gptoss_jax.training.config import parse
+from gptoss_jax.training.loop import Trainer
+from gptoss_jax.training.stage import run_stage
+from tests.training.support import CONFIG, bits
+
+ROWS = [[("user", f"What is {i} and {i}?"), ("assistant", f"It is {2 * i}, I think.")] for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """What an SFT run leaves: a checkpoint with parameters that differ from any base, and a used optimizer."""
+    root = tmp_path_factory.mktemp("stage")
+    config = dataclasses.replace(CONFIG, vocab_size=len(load_tokenizer(NANO)))
+    params = init_params(config, jax.random.key(3))
+    meta = orbax_store.Meta(model=config.to_dict(), source={"path": "base"})
+    orbax_store.save(root / "sft" / "checkpoints", 12, params, meta, (params, jax.numpy.int32(9)), assets=carried_files(NANO))
+    lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in row]}) for row in ROWS]
+    (root / "train.jsonl").write_text("\n".join(lines))
+    return root, params
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Trainers at the moment when their loop would begin."""
+    trainers = []
+    monkeypatch.setattr(Trainer, "fit", lambda self: trainers.append(self) or self.state)
+    return trainers
+
+
+def config(sft, tmp_path, **changes):
+    raw = {
+        "model": str(sft[0] / "sft"), "output": str(tmp_path / "out"), "data": {"train": str(sft[0] / "train.jsonl"), "row_length": 64},
+        "batch": {"rows": 2}, "quant": {"format": "mxfp4", "scale_rule": "floor"},
+    }  # fmt: skip
+    return parse({**raw, **changes})
+
+
+def test_qat_begins_with_the_sft_parameters_and_a_fresh_optimizer(sft, tmp_path, begun):
+    directory, state = run_stage(config(sft, tmp_path))
+    (trainer,) = begun
+    assert bits(state.params) == bits(sft[1]) and state.step == 0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
+    assert {fmt for _, fmt in trainer.policy.rules} == {Mxfp4(scale_rule="floor")}
+    assert trainer.source == {"run": "sft", "step": 12, "base": {"path": "base"}}
+    assert {p.name for p in trainer.assets} >= {"tokenizer.json", "chat_template.jinja"}
+    # one epoch: rows of 64 tokens hold two conversations or more
+    assert directory == tmp_path / "out" and trainer.train.steps == len(trainer.batches.rows.tokens_BT) // 2 <= 10
+    assert f"steps: {trainer.train.steps}" in (directory / "config.yaml").read_text()
+
+
+def test_sft_has_no_policy_and_evaluation_passes_over_every_row_once(sft, tmp_path, begun):
+    data = {"train": str(sft[0] / "train.jsonl"), "eval": str(sft[0] / "train.jsonl"), "row_length": 64}
+    run_stage(config(sft, tmp_path, quant=None, steps=3, data=data, batch={"rows": 3}))
+    (trainer,) = begun
+    assert trainer.policy is None and trainer.train.steps == 3
+    batches = list(trainer.eval_batches())
+    assert {b.tokens_BT.shape for b in batches} == {(3, 64)}
+    assert sum(b.loss_weights_BT.sum() for b in batches) == trainer.batches.rows.loss_weights_BT.sum() > 0
+
+
+@pytest.mark.parametrize(
+    "changes, fragment",
+    [
+        ({"model": None}, "model is not set"),
+        ({"output": None}, "output is not set"),
+        ({"data": {"row_length": 64}}, "data.train is not set"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"quant": {"format": "nvfp4", "rules": ["*.experts.gate_up"]}}, "'*.experts.gate_up' matches no parameter"),
+        ({"quant": {"format": "nvfp4", "rules": ["blocks.0.mlp.experts.*_proj"]}}, "every layer"),
+        ({"freeze": ["*.rooter.*"]}, "'*.rooter.*' matches no parameter"),
+        ({"mesh": {"fsdp": 3}, "batch": {"rows": 3}}, "does not divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused(sft, tmp_path, begun, changes, fragment):
+    with pytest.raises(UsageError) as caught:
+        run_stage(config(sft, tmp_path, **changes))
+    assert fragment in str(caught.value) and not begun
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_rules_choose_what_is_quantized(sft, tmp_path, begun):
+    run_stage(config(sft, tmp_path, quant={"format": "nvfp4", "global_scale": "exact", "rules": ["*.experts.down_proj"]}))
+    assert begun[0].policy.rules == (("*.experts.down_proj", Nvfp4(global_scale="exact")),)
