@@ -15,8 +15,8 @@ bytes, subnormals included. Facts of the format:
 `compat="modelopt"` writes the bytes of NVIDIA's converter (Model-Optimizer `MXFP4QTensor.quantize`, 0.47.0): rceil scales, ties toward
 zero, and code 8 for +0, for what underflows from below, and for positive values so small that the quotient is 0 in float32. Two known
 differences: it stores byte 0 for non-finite blocks, where this codec stores 255; and it takes the exponent from a float32 `log2`, which
-cannot tell a float32 maximum a few ulp above 1.5 * 2**k from 1.5 * 2**k (up to 22 ulp at the far exponents), so that it clips
-such blocks by one exponent where this codec does not. bfloat16 weights cannot lie that near and agree in every byte.
+cannot tell a float32 maximum just above 1.5 * 2**k from 1.5 * 2**k (blind for 2 ulp at k = -3 or 6, 3 ulp at |k| = 10, 33 ulp at
+|k| = 120, for none at -2 <= k <= 5), so that it stores one exponent less there and clips. bfloat16 weights cannot lie that near and agree in every byte.
 """
 
 from functools import partial
@@ -86,9 +86,7 @@ def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
     return _decode(q, jnp.dtype(dtype))
 
 
-def encode_decode(
-    x: Float[Array | np.ndarray, "*batch n"], scale_rule: str, compat: str | None, dtype
-) -> tuple[Float[Array, "*batch n"], Codes]:
+def encode_decode(x: Float[Array | np.ndarray, "*batch n"], scale_rule: str, compat: str | None, dtype) -> tuple[Float[Array, "*batch n"], Codes]:
     """(decode(q, dtype), q) with q = encode(x), bit for bit, but not unpacking what was just packed. For fake quantization."""
     check_options(scale_rule, compat)
     return _encode_decode(fb.as_input(x), scale_rule, compat, jnp.dtype(dtype))
@@ -111,9 +109,7 @@ def _encode_decode(x, scale_rule, compat, dtype):
     return _decode_unpacked(codes, scales, dtype), Codes(fb.pack(codes), scales)
 
 
-def _encode_unpacked(
-    x: Float[Array, "*batch n"], scale_rule: str, compat: str | None
-) -> tuple[UInt8[Array, "*batch n"], UInt8[Array, "*batch C"]]:
+def _encode_unpacked(x: Float[Array, "*batch n"], scale_rule: str, compat: str | None) -> tuple[UInt8[Array, "*batch n"], UInt8[Array, "*batch C"]]:
     """One code per byte, and the scales."""
     x_bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
     mag = fb.magnitude(x_bits)

@@ -66,10 +66,8 @@ class QuantPolicy:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         size = {name: math.prod(leaf.shape) for name, leaf in params.items()}
-        quantized = sum(size[name] for name in matched)
-        lines.append(
-            f"{len(matched)} of {len(params)} parameter arrays quantized: {quantized:,} of {sum(size.values()):,} parameters; the others stay as they are"
-        )
+        quantized, total = sum(size[name] for name in matched), sum(size.values())
+        lines.append(f"{len(matched)} of {len(params)} arrays quantized: {quantized:,} of {total:,} parameters; the others stay as they are")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

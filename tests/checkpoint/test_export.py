@@ -181,19 +181,21 @@ def poisoned(params, name, value):
     return {**params, name: params[name].at[(0,) * params[name].ndim].set(value)}
 
 
-@pytest.mark.parametrize(
-    "name, key",
-    [
+UNWRITABLE = [
+    (name, key, value, kind)
+    for name, key in (
         ("blocks.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.down_proj"),
         ("tail.0.self_attn.sinks", "model.layers.2.self_attn.sinks"),
         ("embed_tokens.weight", "model.embed_tokens.weight"),
-    ],
-)
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38])
-@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "bf16"])
+    )
+    for value in (np.nan, np.inf, 3.4e38)  # the last is finite in float32 and rounds to infinity in bfloat16
+    for kind in ("mxfp4", "nvfp4", "bf16")
+    if not (value == 3.4e38 and kind == "nvfp4" and "proj" in name)  # NVFP4 with its float32 global scale holds that
+]
+
+
+@pytest.mark.parametrize("name, key, value, kind", UNWRITABLE)
 def test_values_that_the_file_cannot_hold_are_refused_by_name(name, key, value, kind, masters, tiny_config, tmp_path):
-    if value == 3.4e38 and kind == "nvfp4" and "proj" in name:
-        pytest.skip("NVFP4 with its float32 global scale holds it")
     with pytest.raises(CorruptError, match=key):
         export_hf(tmp_path / "a" / "out", tiny_config, poisoned(masters, name, value), format=kind)
     assert list(tmp_path.iterdir()) == []

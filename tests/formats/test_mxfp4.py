@@ -36,6 +36,27 @@ def test_encode_matches_oracle_for_all_bf16_beside_maxima_0_to_8_binades_above(r
     assert_matches_oracle(every_bf16, rule)
 
 
+def test_modelopt_mode_matches_its_arithmetic_for_all_bf16_beside_maxima_0_to_8_binades_above(every_bf16):
+    q = jax.tree.map(np.asarray, encode(every_bf16, compat="modelopt"))
+    codes, scales = fp4.modelopt_mxfp4_encode(every_bf16)
+    np.testing.assert_array_equal(q.scales[:, 0], scales)
+    np.testing.assert_array_equal(fp4.unpack(q.packed), codes)
+
+
+@pytest.mark.parametrize("ulps", [0, 1, -1, 40, -40])
+def test_modelopt_mode_beside_float32_thresholds(ulps):
+    """It agrees with the float32 log2 at 1.5 * 2**k, below, and well above; 1 ulp above, the log2 sees the difference for small |k| alone."""
+    k = np.arange(-120, 127)
+    amax = (np.ldexp(np.float32(1.5), k).view(np.int32) + np.int32(ulps)).view(np.float32)
+    x = np.zeros((len(k), 32), np.float32)
+    x[:, 0] = amax
+    scales = np.asarray(encode(x, compat="modelopt").scales)[:, 0]
+    np.testing.assert_array_equal(scales, k - 2 + 127 + (ulps > 0))
+    differs = fp4.modelopt_mxfp4_encode(x)[1] != scales
+    blind = (k < -2) | (k > 5)
+    assert not differs[~blind].any() and (ulps == 1 or not differs.any())
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_encode_matches_oracle_at_every_threshold_and_1_ulp_beside_in_float32(rule):
     exponents = np.arange(-126, 128)

@@ -139,6 +139,18 @@ def mxfp4_encode(x: np.ndarray, rule: str) -> tuple[np.ndarray, np.ndarray]:
     return codes.reshape(x.shape), scales
 
 
+def modelopt_mxfp4_encode(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The arithmetic of NVIDIA's converter in its own terms (float32, log2, exp2, strict comparisons), for finite [*batch, 32] blocks."""
+    x = x.astype(np.float32)
+    with np.errstate(divide="ignore", under="ignore"):
+        amax = np.abs(x).max(-1, keepdims=True)
+        scale_exp = np.ceil(np.maximum(np.log2(amax / np.float32(6)), np.float32(-127)))
+        y = x / np.exp2(scale_exp)
+    index = sum((np.abs(y) - np.float32(bound) > 0).astype(np.uint8) for bound in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5))
+    sign_bit = ((2 - np.sign(y)) // 2).astype(np.uint8)
+    return sign_bit * 8 + index, (scale_exp + 127).astype(np.uint8)[..., 0]
+
+
 def mxfp4_decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Exact values in float64; NaN for byte 255."""
     values = np.asarray(E2M1)[codes & 7] * np.where(codes & 8, -1.0, 1.0)

@@ -69,7 +69,7 @@ def test_describe_names_every_quantized_array():
     assert lines[0].split() == ["parameter", "shape", "format", "blocks", "along"]
     assert lines[1] == "blocks.0.mlp.experts.gate_up_proj  1x8x128x96  mxfp4(scale_rule=even)  dim 3: 96 / 32"
     assert [line.split()[0] for line in lines[1:-1]] == EXPERTS
-    assert lines[-1].startswith("4 of 9 parameter arrays quantized: 294,912 of ")
+    assert lines[-1].startswith("4 of 9 arrays quantized: 294,912 of ")
 
 
 def test_dict_round_trip_through_json():

@@ -62,8 +62,8 @@ def test_qat_begins_with_the_sft_parameters_and_a_fresh_optimizer(sft, tmp_path,
     assert {fmt for _, fmt in trainer.policy.rules} == {Mxfp4(scale_rule="floor")}
     assert trainer.source == {"run": "sft", "step": 12, "base": {"path": "base"}}
     assert {p.name for p in trainer.assets} >= {"tokenizer.json", "chat_template.jinja"}
-    # one epoch: rows of 64 tokens hold two conversations or more
-    assert directory == tmp_path / "out" and trainer.train.steps == len(trainer.batches.rows.tokens_BT) // 2 <= 10
+    # one epoch of packed rows
+    assert directory == tmp_path / "out" and trainer.train.steps == len(trainer.batches.rows.tokens_BT) // 2 < len(ROWS) // 2
     assert f"steps: {trainer.train.steps}" in (directory / "config.yaml").read_text()
 
 
