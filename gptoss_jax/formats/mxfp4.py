@@ -16,7 +16,8 @@ bytes, subnormals included. Facts of the format:
 zero, and code 8 for +0, for what underflows from below, and for positive values so small that the quotient is 0 in float32. Two known
 differences: it stores byte 0 for non-finite blocks, where this codec stores 255; and it takes the exponent from a float32 `log2`, which
 cannot tell a float32 maximum just above 1.5 * 2**k from 1.5 * 2**k (blind for 2 ulp at k = -3 or 6, 3 ulp at |k| = 10, 33 ulp at
-|k| = 120, for none at -2 <= k <= 5), so that it stores one exponent less there and clips. bfloat16 weights cannot lie that near and agree in every byte.
+|k| = 120, for none at -2 <= k <= 5), so that it stores one exponent less there and clips. bfloat16 weights cannot lie that near and
+agree in every byte.
 """
 
 from functools import partial
