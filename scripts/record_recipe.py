@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="commit of the code that ran")
     args = parser.parse_args()
     results = json.loads((args.run / "results.json").read_text())
-    record = {"date": datetime.date.today().isoformat(), "commit": args.commit, "command": "gptoss-jax recipe configs/nano_recipe.yaml", "results": results}
+    command = "gptoss-jax recipe configs/nano_recipe.yaml"
+    record = {"date": datetime.date.today().isoformat(), "commit": args.commit, "command": command, "results": results}
     (NANO / "recorded.json").write_text(json.dumps(record, indent=1) + "\n")
 
     measured = [Measured.model_validate(entry) for entry in results]

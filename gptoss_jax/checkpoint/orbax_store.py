@@ -130,7 +130,8 @@ def save(
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 2**30
         free = shutil.disk_usage(directory).free / 2**30 if directory.is_dir() else float("nan")
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise RunError(f"checkpoint of step {step} was not written to {directory} ({needed:.2f} GiB needed, {free:.2f} GiB free): {reason}") from error
+        room = f"{needed:.2f} GiB needed, {free:.2f} GiB free"
+        raise RunError(f"checkpoint of step {step} was not written to {directory} ({room}): {reason}") from error
     _barrier(f"saved {step}")
     if jax.process_index() == 0:
         for old in list_steps(directory)[: -keep if keep else 0]:
@@ -278,4 +279,5 @@ def _check_equal(where: str, wanted: Mapping[str, Any], stored: Mapping[str, Any
         if (tuple(asked.shape), asked.dtype) != (tuple(held.shape), held.dtype):
             problems.append(f"{name} is {held.dtype}{list(held.shape)}, expected {asked.dtype}{list(asked.shape)}")
     if problems:
-        raise CorruptError(f"{where} does not fit: {'; '.join(sorted(problems)[:10])}" + (f"; and {len(problems) - 10} more" if len(problems) > 10 else ""))
+        rest = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CorruptError(f"{where} does not fit: {'; '.join(sorted(problems)[:10])}{rest}")

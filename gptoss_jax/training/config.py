@@ -124,7 +124,8 @@ class TrainConfig(Section):
         microbatch = self.batch.rows // self.batch.accumulation
         if microbatch % self.mesh.size:
             raise ValueError(
-                f"a microbatch of {microbatch} rows (batch.rows / batch.accumulation) does not divide among mesh.data * mesh.fsdp = {self.mesh.size} devices"
+                f"a microbatch of {microbatch} rows (batch.rows / batch.accumulation) does not divide among "
+                f"mesh.data * mesh.fsdp = {self.mesh.size} devices"
             )
         return self
 

@@ -20,7 +20,7 @@ MAX_BYTES = 1_000_000
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2 and without anchors."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML wants a class attribute; the base class has its own)
 
     def compose_node(self, parent, index):
         event = self.peek_event()

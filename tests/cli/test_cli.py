@@ -94,9 +94,8 @@ def test_logits_of_an_unseen_directory_agree_with_transformers(tmp_path):
     np.save(tmp_path / "t.npy", tokens)
     args = ["logits", str(tmp_path / "model"), "--tokens", str(tmp_path / "t.npy"), "--out", str(tmp_path / "l.npy"), "--dtype", "float32"]
     assert main(args) == 0
-    model, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", output_loading_info=True, dtype=torch.float32, attn_implementation="eager", quantization_config=Mxfp4Config(dequantize=True)
-    )
+    options = dict(output_loading_info=True, dtype=torch.float32, attn_implementation="eager")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=Mxfp4Config(dequantize=True), **options)
     assert len(info) == 4 and not any(info.values()), info
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()

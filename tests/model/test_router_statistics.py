@@ -1,5 +1,6 @@
 """Padding takes part in nothing that is reported."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.model import forward

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.formats import Mxfp4, Nvfp4
+from gptoss_jax.formats import Mxfp4, Nvfp4, mxfp4
 from gptoss_jax.quant import Ste, fake_quant, fake_quant_with_codes, get_estimator
 from tests import golden
 from tests.formats.inputs import BF16, random_bits
@@ -23,21 +23,25 @@ def weights(shape, dtype=np.float32, seed=41) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(dtype)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_value_is_decode_of_encode_bit_for_bit(fmt):
-    for dtype, out in ((np.float32, jnp.bfloat16), (np.float32, jnp.float32), (BF16, jnp.bfloat16)):
-        x = np.concatenate([weights((64, 64), dtype), random_bits((16, 64), seed=42, dtype=dtype)])
-        q = fmt.encode(x)
-        w, codes = jax.jit(lambda x, out=out: fake_quant_with_codes(x, fmt, dtype=out))(x)
-        assert w.dtype == out and raw(w) == raw(fmt.decode(q, out))
-        assert [raw(a) for a in codes] == [raw(a) for a in q]
-    assert fake_quant(x, fmt).dtype == x.dtype and raw(fake_quant(x, fmt)) == raw(w)
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "out"),
+    [(fmt, np.float32, jnp.bfloat16) for fmt in FORMATS]
+    + [(fmt, *dtypes) for fmt in (Mxfp4(), Nvfp4()) for dtypes in ((np.float32, jnp.float32), (BF16, jnp.bfloat16))],
+    ids=str,
+)
+def test_value_is_decode_of_encode_bit_for_bit(fmt, dtype, out):
+    x = np.concatenate([weights((64, 64), dtype), random_bits((16, 64), seed=42, dtype=dtype)])
+    q = fmt.encode(x)
+    w, codes = jax.jit(lambda x: fake_quant_with_codes(x, fmt, dtype=out))(x)
+    assert w.dtype == out and raw(w) == raw(fmt.decode(q, out))
+    assert [raw(a) for a in codes] == [raw(a) for a in q]
 
 
 def test_format_and_estimator_by_name():
-    x = weights((4, 64))
-    assert raw(fake_quant(x, "mxfp4", "ste")) == raw(fake_quant(x, Mxfp4("rceil"), Ste()))
-    assert raw(fake_quant(x, "nvfp4")) == raw(fake_quant(x, Nvfp4("pow2")))
+    x = weights((4, 64), BF16)
+    w = fake_quant(x, "mxfp4")
+    assert w.dtype == x.dtype and raw(w) == raw(fake_quant(x, Mxfp4("rceil"), Ste())) == raw(mxfp4.decode(mxfp4.encode(x, "rceil")))
+    assert raw(fake_quant(x, "nvfp4", "ste")) == raw(fake_quant(x, Nvfp4("pow2")))
     with pytest.raises(ValueError, match="'stee'.*'ste'"):
         fake_quant(x, "mxfp4", "stee")
     with pytest.raises(TypeError, match="estimator"):
@@ -118,7 +122,6 @@ class QuantDense(nn.Module):
 class Stack(nn.Module):
     """Layers under scan and remat, as Linen lifts them."""
 
-    layer: type = QuantDense
     depth: int = 3
     fmt: str = "mxfp4"
 
@@ -137,8 +140,8 @@ class _Step(nn.Module):
         return QuantDense(self.features, self.fmt)(x), None
 
 
-@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
-def test_in_flax_linen_under_jit_scan_remat_and_vmap(fmt):
+def test_in_flax_linen_under_jit_scan_remat_and_vmap():
+    fmt = "mxfp4"
     x = jnp.asarray(weights((5, 32)))
     model = Stack(fmt=fmt)
     params = model.init(jax.random.key(0), x)

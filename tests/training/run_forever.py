@@ -1,4 +1,7 @@
-"""A run for the signal tests: `python -m tests.training.run_forever DIR [slow]`. Prints a line after the first step; slow: the next takes a minute."""
+"""A run for the signal tests: `python -m tests.training.run_forever DIR [slow]`.
+
+Prints a line after the first step; slow: the next takes a minute.
+"""
 
 import sys
 import time

@@ -178,6 +178,7 @@ def test_metrics_rewind_drops_later_and_half_written_lines(tmp_path):
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1], parse_constant=lambda text: pytest.fail(text))
 
 
+@pytest.mark.slow
 def test_qat_checkpoint_carries_the_hashes_of_the_codes_of_its_masters(tmp_path):
     """The hashes come from the compiled training program; the oracle encodes the restored masters."""
     policy = default_policy(Mxfp4())
