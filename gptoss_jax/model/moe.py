@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
+from gptoss_jax.model.remat import product
 from gptoss_jax.model.weights import weight
-from gptoss_jax.ops.grouped_matmul import DEFAULT_BLOCK_ROWS, combine, dispatch, group_rows, grouped_matmul
+from gptoss_jax.ops.grouped_matmul import block_rows, combine, dispatch, group_rows, grouped_matmul
 
 SWIGLU_ALPHA = 1.702  # the release's constant; every client hard-codes it
 
@@ -86,10 +87,10 @@ class Experts(nnx.Module):
         """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
         w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
         w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
-        groups = group_rows(experts_SA, w_down_EDF.shape[0], DEFAULT_BLOCK_ROWS)
+        groups = product(group_rows(experts_SA, w_down_EDF.shape[0], block_rows()))
         x_PD = dispatch(x_SD, groups)
-        h_PU = grouped_matmul(x_PD, w_gate_up_EUD, self.gate_up_proj_bias[...], groups)
-        y_PD = grouped_matmul(clamped_swiglu(h_PU, self.limit), w_down_EDF, self.down_proj_bias[...], groups)
+        h_PU = product(grouped_matmul(x_PD, w_gate_up_EUD, self.gate_up_proj_bias[...], groups))
+        y_PD = product(grouped_matmul(clamped_swiglu(h_PU, self.limit), w_down_EDF, self.down_proj_bias[...], groups))
         captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
         return combine(y_PD, weights_SA, groups), captured
 
@@ -102,6 +103,6 @@ class Moe(nnx.Module):
     @jax.named_scope("moe")
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats, dict]:
         x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        experts_SA, weights_SA, stats = self.router(x_SD, context.real_BT.reshape(-1))
+        experts_SA, weights_SA, stats = product(self.router(x_SD, context.real_BT.reshape(-1)))
         y_SD, captured = self.experts(x_SD, experts_SA, weights_SA, context)
         return y_SD.reshape(x_BTD.shape), stats, captured

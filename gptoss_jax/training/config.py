@@ -104,6 +104,8 @@ class TrainConfig(Section):
     # bfloat16 masters are updated with stochastic rounding: with plain rounding 85 % of them do not move at 1e-5
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # what the backward pass computes again: whole layers (least memory), all but matrix products (fastest), nothing
+    remat: Literal["none", "products", "layer"] = "layer"
     quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
     # parameter name patterns that are not trained
     freeze: tuple[str, ...] = ()

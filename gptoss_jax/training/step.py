@@ -111,7 +111,8 @@ def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuan
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
         out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
+            remat=train.remat,
         )
         with jax.named_scope("loss"):
             nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
@@ -224,7 +225,7 @@ def make_eval_step(
 
     def eval_step(params, batch):
         out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, remat=False
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant
         )
         nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
