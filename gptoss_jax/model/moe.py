@@ -23,8 +23,7 @@ from gptoss_jax.model.context import Context
 from gptoss_jax.model.remat import product
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.grouped_matmul import block_rows, combine, dispatch, group_rows, grouped_matmul
-
-SWIGLU_ALPHA = 1.702  # the release's constant; every client hard-codes it
+from gptoss_jax.ops.swiglu import clamped_swiglu
 
 
 class RouterStats(NamedTuple):
@@ -61,14 +60,6 @@ class Router(nnx.Module):
         chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=jnp.float32), axis=1)
         stats = RouterStats(real_S @ chosen_SE, real_S @ jax.nn.softmax(logits_SE, axis=-1), jnp.sum(real_S))
         return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
-
-
-def clamped_swiglu(h_PU: Float[Array, "P U"], limit: float) -> Float[Array, "P F"]:
-    """Gate and up interleaved in the last dim; clamped above (gate) and on both sides (up); computed in float32."""
-    h32_PFX = h_PU.astype(jnp.float32).reshape(h_PU.shape[0], -1, 2)
-    gate_PF = jnp.minimum(h32_PFX[..., 0], limit)
-    up_PF = jnp.clip(h32_PFX[..., 1], -limit, limit)
-    return (gate_PF * jax.nn.sigmoid(SWIGLU_ALPHA * gate_PF) * (up_PF + 1)).astype(h_PU.dtype)
 
 
 class Experts(nnx.Module):
