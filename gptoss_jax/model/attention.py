@@ -8,7 +8,7 @@ from gptoss_jax.model.config import SLIDING, GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.model.layers import Linear
 from gptoss_jax.model.rope import rotate
-from gptoss_jax.model.remat import product
+from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.attention import attention
 
@@ -33,4 +33,4 @@ class Attention(nnx.Module):
         k_BTKH = rotate(product(heads(self.k_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
         v_BTKH = product(heads(self.v_proj(x_BTD)))
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window)
-        return self.o_proj(product(out_BTNH).reshape(batch, length, -1))
+        return self.o_proj(out_BTNH.reshape(batch, length, -1))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
-from gptoss_jax.model.remat import product
+from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.grouped_matmul import block_rows, combine, dispatch, group_rows, grouped_matmul
 from gptoss_jax.ops.swiglu import clamped_swiglu

@@ -22,7 +22,7 @@ from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context, ExpertQuant
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.moe import Moe, RouterStats
-from gptoss_jax.model.remat import Remat, product, rematerialize
+from gptoss_jax.ops.remat import Remat, product, rematerialize
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
 
@@ -146,7 +146,7 @@ def forward(
       positions_BT: position inside the document; default 0..T-1.
       dtype: compute dtype of activations and weights; norms, router, softmax and accumulation are float32.
       expert_quant: maps stored expert weights to compute weights; None casts them to `dtype`.
-      remat: what the backward pass computes again, see `gptoss_jax.model.remat`.
+      remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
       capture: also return the expert compute weights that this program used.
     """
     if segment_ids_BT is None:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptoss_jax.ops.attention.reference import MASKED, visible
+from gptoss_jax.ops.remat import product
 
 BLOCK_QUERIES = 128
 MAX_BLOCK_SCORES = 1 << 26  # scores of one block, 256 MiB in float32
@@ -146,15 +147,19 @@ def _backward_block(views: _Blocks, lse_BKGT, delta_BKGT, do_BKGTH, keys: int, b
     rows = views.plan.rows
     q_BKRH, do_BKRH = views.rows(views.q_BKGTH, block), views.rows(do_BKGTH, block)
     k_BKUH, v_BKUH = (views.keys(x, block, keys, 2) for x in (views.k_BKTH, views.v_BKTH))
-    of_rows = lambda x_BKGT: views.queries(x_BKGT, block, 3).reshape(*q_BKRH.shape[:2], 1, -1)
+    # elementwise work keeps G and C apart: with the mask spread over R = G*C it is three times slower
+    by_query = lambda x_BKUR: x_BKUR.reshape(*x_BKUR.shape[:3], -1, rows)
+    of_queries = lambda x_BKGT: views.queries(x_BKGT, block, 3)[:, :, None]
     mask_BUC = views.mask_BCU(block, keys).transpose(0, 2, 1)
-    s_BKUR = _dot(k_BKUH, q_BKRH, ((3,), (3,)))
-    mask_BKUR = jnp.broadcast_to(mask_BUC[:, None, :, None], (*s_BKUR.shape[:3], s_BKUR.shape[3] // rows, rows)).reshape(s_BKUR.shape)
-    p_BKUR = jnp.where(mask_BKUR, jnp.exp(s_BKUR - of_rows(lse_BKGT)), 0)
-    ds_BKUR = (p_BKUR * (_dot(v_BKUH, do_BKRH, ((3,), (3,))) - of_rows(delta_BKGT))).astype(q_BKRH.dtype)
-    dv_BKUH = _dot(p_BKUR.astype(do_BKRH.dtype), do_BKRH, ((3,), (2,)))
+    s_BKUGC = by_query(_dot(k_BKUH, q_BKRH, ((3,), (3,))))
+    dp_BKUGC = by_query(_dot(v_BKUH, do_BKRH, ((3,), (3,))))
+    p_BKUGC = jnp.where(mask_BUC[:, None, :, None], jnp.exp(s_BKUGC - of_queries(lse_BKGT)), 0)
+    ds_BKUGC = p_BKUGC * (dp_BKUGC - of_queries(delta_BKGT))
+    p_BKUR, ds_BKUR = (x.reshape(*x.shape[:3], -1).astype(q_BKRH.dtype) for x in (p_BKUGC, ds_BKUGC))
+    dv_BKUH = _dot(p_BKUR, do_BKRH, ((3,), (2,)))
     dk_BKUH = _dot(ds_BKUR, q_BKRH, ((3,), (2,)))
-    dq_BKHR = _dot(k_BKUH.swapaxes(2, 3), ds_BKUR, ((3,), (2,)))
+    # the barrier keeps XLA from merging the transposes into one product whose left factor contracts its first dim
+    dq_BKHR = lax.optimization_barrier(_dot(k_BKUH.swapaxes(2, 3), ds_BKUR, ((3,), (2,))))
     return _split_rows(dq_BKHR.swapaxes(2, 3), rows), dk_BKUH, dv_BKUH
 
 
@@ -177,8 +182,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window):
     views = _Blocks(plan, window, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     sinks_KG = sinks_N.astype(jnp.float32).reshape(views.kv_heads, -1)
     outs, lses = zip(*(_over(span, partial(_forward_block, views, sinks_KG, span.keys)) for span in plan.spans))
-    out_BTNH = _tokens_first(outs, length).astype(q_BTNH.dtype)
-    lse_BTN = _tokens_first([lse[..., None] for lse in lses], length)[..., 0]
+    out_BTNH = product(_tokens_first(outs, length).astype(q_BTNH.dtype))
+    lse_BTN = product(_tokens_first([lse[..., None] for lse in lses], length)[..., 0])
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, out_BTNH, lse_BTN)
 
 
