@@ -58,6 +58,9 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     # never applied to biases, norms, sinks, router and embeddings
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    # how Adam's moments are stored (training/moments.py): 4, 2 or 1 bytes per parameter; a factored second moment takes next to none
+    first_moment: Literal["float32", "bfloat16", "int8"] = "float32"
+    second_moment: Literal["float32", "int8", "factored"] = "float32"
 
 
 class ScheduleConfig(Section):
