@@ -5,15 +5,15 @@
     x ~ s * sign(k) * (|k| / n)^p          first moment: n = 127, p = 2, int8          second moment: n = 255, p = 4, uint8
 
 A power map spends its codes on small values: the smallest code is 6e-5 (first moment) and 2e-10 (second; 1.5e-5 of its root) of the block's largest
-value, and neighbours differ by 1.6 % at the top; a linear map would lose all below 0.4 %. A power needs no table, so it is one fused pass with
-the update. Rounding between two neighbours is stochastic and unbiased in x: at b2 = 0.999 a second moment moves by 0.1 % a step, less than half of any
-8-bit spacing, and with plain rounding would stand still. No positive second moment gets code 0: a zero under a first moment that is not zero would be
+value, and neighbours differ by 1.6 % at the top; a linear map would lose all below 0.4 %. A power needs no table, so it fuses with the update.
+Rounding between two neighbours is stochastic and unbiased in x: at b2 = 0.999 a second moment moves by 0.1 % a step, less than half of any spacing
+of 8 bits, and with plain rounding would stand still. No positive second moment gets code 0: a zero under a first moment that is not zero would be
 divided by eps. (Blockwise 8-bit moments: Dettmers et al. 2021, arXiv:2110.02861, there with a table and plain rounding.)
 
 Factored: `optax.scale_by_factored_rms` (Adafactor, arXiv:1804.04235) keeps the row and column means of g^2, with Adam's decay b2 and bias correction
 instead of its own schedule. It divides before the first moment is taken, and clips the root mean square of an update per parameter to 1.
 
-Parameters below `MIN_SIZE` elements keep float32 moments in every mode; they are 0.1 % of a released model.
+Stacked parameters below `MIN_SIZE` elements keep float32 moments in every mode; in a released model these are the sinks and router biases.
 
 What the update reads are the moments as stored. The barrier between them makes XLA write each state in place before the parameter moves: without it
 the update recomputes from the old moments, which must then be copied (CPU, 46 M parameters: 2.7 ns and 6.7 B per parameter, against 0.8 ns and 0).
@@ -188,4 +188,3 @@ def scale_by_moments(b1: float, b2: float, eps: float, first: str, second: str, 
     if second == "factored":
         return scale_by_factored_adam(b1, b2, first, bits)
     return scale_by_adam(b1, b2, eps, first, second, bits)
-

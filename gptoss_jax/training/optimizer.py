@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, BFloat16, Bool, Float, Key, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, UInt32
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
@@ -120,19 +119,25 @@ def init_moments(optimizer: Optimizer, params: Mapping[str, Array]) -> optax.Opt
     return optimizer.transform.init({name: jnp.zeros(params[name].shape, jnp.float32) for name in optimizer.trained})
 
 
-def random_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+def rounding_key(seed: int, step: Array, name: str) -> UInt32[Array, "2"]:
+    """Key of the rounding of one array at one step; the same after a resume and on any mesh."""
+    step, name_hash = jnp.asarray(step).astype(jnp.uint32), zlib.crc32(name.encode())
+    words = [_mix(_mix(_mix(jnp.uint32(seed) ^ jnp.uint32(salt)) + step) ^ jnp.uint32(name_hash)) for salt in (0, 0x9E3779B9)]
+    return jnp.stack(words)
+
+
+def random_bits(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """Uniform bits that depend on key and element index alone, so that every sharding gives the same.
 
     A hash of (row, column) with the 32-bit finalizer of MurmurHash3 (Appleby, public domain) instead of threefry: a dozen integer operations that
     fuse into the pass that uses them, where threefry takes a hundred and XLA's CPU backend writes them to memory first. Good enough for the noise of
     rounding, not for drawing samples. Rows are all dimensions but the last: no index needs 64 bits below 2^32 rows.
     """
-    seeds = jax.random.bits(key, (2,), jnp.uint32)
     row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
     for dim, size in enumerate(shape[:-1]):
         row = row * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, row.shape, dim)
     column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    return _mix((_mix(row ^ seeds[0]) + column * jnp.uint32(0x9E3779B9)) ^ seeds[1])
+    return _mix((_mix(row ^ key[0]) + column * jnp.uint32(0x9E3779B9)) ^ key[1])
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
@@ -141,7 +146,7 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 16)
 
 
-def stochastic_round(x: Float[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
+def stochastic_round(x: Float[Array, "..."], key: UInt32[Array, "2"]) -> BFloat16[Array, "..."]:
     """Rounds float32 to one of the two bfloat16 neighbours, up with probability equal to the position between them.
 
     E[result] = x: 16 uniform bits are added below the 16 bits that are kept, then cut. Values that bfloat16 holds stay. The bits depend on
@@ -150,12 +155,6 @@ def stochastic_round(x: Float[Array, "..."], key: Key[Array, ""]) -> BFloat16[Ar
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     noise = random_bits(key, x.shape) >> 16
     return lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
-def rounding_key(seed: int, step: Array, name: str) -> Key[Array, ""]:
-    """Key of the rounding of one parameter at one step; the same after a resume and on any mesh."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def global_norm(grads: Mapping[str, Array]) -> Float[Array, ""]:

@@ -229,9 +229,7 @@ def make_eval_step(
     dtype = jnp.dtype(train.compute_dtype)
 
     def eval_step(params, batch):
-        out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, remat=False
-        )
+        out = forward(config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, remat=False)
         nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
 
