@@ -47,6 +47,7 @@ class Codes(NamedTuple):
 class Storage(Protocol):
     """How a moment lies in memory: `decode(encode(x, bits)) ~ x`, for x in the shape that `split` gives the parameter's."""
 
+    def zeros(self, shape: tuple[int, ...]) -> Any: ...
     def split(self, x: Float[Array, "..."]) -> Float[Array, "..."]: ...
     def encode(self, x: Float[Array, "..."], bits: Callable[[tuple[int, ...]], Array]) -> Any: ...
     def decode(self, stored: Any) -> Float[Array, "..."]: ...
@@ -57,6 +58,9 @@ class Plain:
     """Rounded to nearest. bfloat16 (8 bits, steps of 0.4 %) is enough for a first moment, which moves by 10 % a step."""
 
     dtype: Any
+
+    def zeros(self, shape):
+        return jnp.zeros(shape, self.dtype)
 
     def split(self, x):
         return x
@@ -74,6 +78,12 @@ class Int8:
 
     power: int
     signed: bool
+
+    def zeros(self, shape):
+        # not the code of zeros: XLA would compute that while it compiles, for minutes
+        block = block_size(shape[-1])
+        blocks = (*shape[:-1], shape[-1] // block)
+        return Codes(jnp.zeros((*blocks, block), jnp.int8 if self.signed else jnp.uint8), jnp.zeros(blocks, jnp.float32))
 
     def split(self, x):
         return x.reshape(*x.shape[:-1], -1, block_size(x.shape[-1]))
@@ -139,11 +149,7 @@ def _advance(kind: str, moment: str, decay: float, order: int, bits: Bits, value
 
 
 def _zeros(kind: str, moment: str, params):
-    def zeros(param):
-        store = storage(kind, moment, param.shape)
-        return store.encode(store.split(jnp.zeros(param.shape, jnp.float32)), lambda shape: jnp.zeros(shape, jnp.uint32))
-
-    return {name: zeros(param) for name, param in params.items()}
+    return {name: storage(kind, moment, param.shape).zeros(param.shape) for name, param in params.items()}
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, first: str, second: str, bits: Bits) -> optax.GradientTransformationExtraArgs:

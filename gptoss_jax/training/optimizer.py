@@ -2,7 +2,7 @@
 
     g <- g * min(1, clip / |g|)                       |g| over all trained parameters, in float32 whatever the dtype of the gradients
     u  = adam(g)                                      moments stored as `optimizer.first_moment` and `.second_moment` say (see `moments.py`)
-    w <- w - lr(step) * (u + weight_decay * w)        in float32; then exact for float32 masters, stochastically rounded for bfloat16
+    w <- w - lr(step) * (u + weight_decay * w)        in float32; then exact for float32 masters, rounded for bfloat16 (see `rounding.py`)
 
 The learning rate follows the step of the run; the bias correction of Adam counts only updates that were made: when the gradient norm (or the loss)
 is not finite, masters and optimizer state keep their values. Frozen parameters are neither differentiated nor given moments.
@@ -13,19 +13,18 @@ cores: 0.84 ns per parameter, 2.7 ns when Optax's transformations were chained a
 """
 
 import fnmatch
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import lax
-from jaxtyping import Array, BFloat16, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
 from gptoss_jax.training.moments import scale_by_moments
+from gptoss_jax.training.rounding import Residual, cut, join, random_bits, rounding_key, stochastic_round
 
 # names that weight decay never touches
 NO_DECAY = ("*bias", "*norm.weight", "*.sinks", "*.router.*", "embed_tokens.weight", "lm_head.weight")
@@ -39,6 +38,7 @@ class Optimizer(NamedTuple):
     schedule: Callable[[Array], Array]
     trained: tuple[str, ...]
     seed: int
+    residual: Residual | None
 
 
 class Update(NamedTuple):
@@ -111,50 +111,15 @@ def make_optimizer(config: TrainConfig, names: Iterable[str]) -> Optimizer:
     if settings.weight_decay:
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask={name: decays(name) for name in trained}))
     schedule = cosine_schedule(config.schedule, settings.learning_rate, config.steps)
-    return Optimizer(optax.chain(*chain), config.clip, schedule, trained, config.seed)
+    return Optimizer(optax.chain(*chain), config.clip, schedule, trained, config.seed, settings.master_residual)
 
 
 def init_moments(optimizer: Optimizer, params: Mapping[str, Array]) -> optax.OptState:
-    """Zero moments for the trained parameters."""
-    return optimizer.transform.init({name: jnp.zeros(params[name].shape, jnp.float32) for name in optimizer.trained})
-
-
-def rounding_key(seed: int, step: Array, name: str) -> UInt32[Array, "2"]:
-    """Key of the rounding of one array at one step; the same after a resume and on any mesh."""
-    step, name_hash = jnp.asarray(step).astype(jnp.uint32), zlib.crc32(name.encode())
-    words = [_mix(_mix(_mix(jnp.uint32(seed) ^ jnp.uint32(salt)) + step) ^ jnp.uint32(name_hash)) for salt in (0, 0x9E3779B9)]
-    return jnp.stack(words)
-
-
-def random_bits(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Uniform bits that depend on key and element index alone, so that every sharding gives the same.
-
-    A hash of (row, column) with the 32-bit finalizer of MurmurHash3 (Appleby, public domain) instead of threefry: a dozen integer operations that
-    fuse into the pass that uses them, where threefry takes a hundred and XLA's CPU backend writes them to memory first. Good enough for the noise of
-    rounding, not for drawing samples. Rows are all dimensions but the last: no index needs 64 bits below 2^32 rows.
-    """
-    row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
-    for dim, size in enumerate(shape[:-1]):
-        row = row * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, row.shape, dim)
-    column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    return _mix((_mix(row ^ key[0]) + column * jnp.uint32(0x9E3779B9)) ^ key[1])
-
-
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def stochastic_round(x: Float[Array, "..."], key: UInt32[Array, "2"]) -> BFloat16[Array, "..."]:
-    """Rounds float32 to one of the two bfloat16 neighbours, up with probability equal to the position between them.
-
-    E[result] = x: 16 uniform bits are added below the 16 bits that are kept, then cut. Values that bfloat16 holds stay. The bits depend on
-    key and element alone, so every sharding gives the same result. Not for NaN (the cut could turn it into an infinity).
-    """
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    noise = random_bits(key, x.shape) >> 16
-    return lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
+    """Zero moments, and zero residuals as the last entry of the state if there are any, for the trained parameters."""
+    state = optimizer.transform.init({name: jnp.zeros(params[name].shape, jnp.float32) for name in optimizer.trained})
+    if optimizer.residual is None:
+        return state
+    return (*state, {name: jnp.zeros(params[name].shape, optimizer.residual) for name in optimizer.trained})
 
 
 def global_norm(grads: Mapping[str, Array]) -> Float[Array, ""]:
@@ -182,13 +147,17 @@ def apply_updates(
     finite = jnp.isfinite(norm) & finite
     shrink = jnp.minimum(1.0, optimizer.clip / norm)
     clipped = {name: grad.astype(jnp.float32) * shrink for name, grad in grads.items()}
-    masters = {name: param.astype(jnp.float32) for name, param in params.items()}
-    updates, opt_state = optimizer.transform.update(clipped, opt_state, masters, finite=finite)
+    *opt_state, residuals = opt_state if optimizer.residual else (*opt_state, None)
+    masters = {name: join(param, residuals[name]) if residuals else param.astype(jnp.float32) for name, param in params.items()}
+    updates, opt_state = optimizer.transform.update(clipped, tuple(opt_state), masters, finite=finite)
     rate = optimizer.schedule(step)
-    new = {}
+    new, left = {}, {}
     for name, master in masters.items():
-        moved = master - rate * updates[name]
-        if params[name].dtype == jnp.bfloat16:
-            moved = stochastic_round(moved, rounding_key(optimizer.seed, step, name))
+        moved, key = master - rate * updates[name], rounding_key(optimizer.seed, step, name)
+        if residuals:
+            moved, rest = cut(moved, optimizer.residual, key)
+            left[name] = jnp.where(finite, rest, residuals[name])
+        elif params[name].dtype == jnp.bfloat16:
+            moved = stochastic_round(moved, key)
         new[name] = jnp.where(finite, moved, params[name])
-    return Update(new, opt_state, norm, finite)
+    return Update(new, (*opt_state, left) if residuals else opt_state, norm, finite)

@@ -8,7 +8,7 @@ expert projections it is `expert_quant` that makes it: a plain cast in SFT (None
 
 The rows of a batch are dealt to microbatches in turn (row r to microbatch r mod A), so that a batch sharded over rows stays where it is.
 
-Legend: A microbatches  B rows  T tokens of a row
+Legend: A microbatches  B rows  T tokens of a row  C blocks  Q block size
 """
 
 from collections.abc import Callable, Mapping
@@ -88,15 +88,15 @@ def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Sharding
 
 
 def state_shardings(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None) -> Any:
-    """Sharding of every leaf: moments lie where their parameter lies, also as codes and block scales; factors of a moment, which lack
-    a dimension, and scales that the mesh does not divide are on every device. None without a mesh."""
+    """Sharding of every leaf: moments lie where their parameter lies, also as codes [..., C, Q] and scales [..., C]. Factors of a moment, which
+    lack a dimension, and what the mesh does not divide are on every device. None without a mesh."""
     if shardings is None:
         return None
     params = abstract_params(config)
 
     def sharding(path, leaf):
         name = next((key.key for key in reversed(path) if getattr(key, "key", None) in params), None)
-        if name is None or len(leaf.shape) != len(params[name].shape):
+        if name is None or len(leaf.shape) < len(params[name].shape):
             return shardings.scalar
         try:
             shardings.params[name].shard_shape(leaf.shape)
