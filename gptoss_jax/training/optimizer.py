@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
 from gptoss_jax.training.moments import scale_by_moments
-from gptoss_jax.training.rounding import Residual, cut, join, random_bits, rounding_key, stochastic_round
+from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, random_bits, rounding_key, stochastic_round
 
 # names that weight decay never touches
 NO_DECAY = ("*bias", "*norm.weight", "*.sinks", "*.router.*", "embed_tokens.weight", "lm_head.weight")
@@ -155,8 +156,11 @@ def apply_updates(
     for name, master in masters.items():
         moved, key = master - rate * updates[name], rounding_key(optimizer.seed, step, name)
         if residuals:
-            moved, rest = cut(moved, optimizer.residual, key)
-            left[name] = jnp.where(finite, rest, residuals[name])
+            bits = float_bits(moved, optimizer.residual, key)
+            # the residual first, the master from it: computed side by side each needs a copy of the other's old value, so it is a copy of the
+            # old residual alone
+            left[name] = lax.optimization_barrier(jnp.where(finite, low_part(bits, optimizer.residual), residuals[name]))
+            moved = high_part(bits, left[name])
         elif params[name].dtype == jnp.bfloat16:
             moved = stochastic_round(moved, key)
         new[name] = jnp.where(finite, moved, params[name])

@@ -57,19 +57,29 @@ def stochastic_round(x: Float[Array, "..."], key: UInt32[Array, "2"]) -> BFloat1
     return lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def cut(x: Float[Array, "..."], residual: Residual, key: UInt32[Array, "2"]) -> tuple[BFloat16[Array, "..."], Int[Array, "..."]]:
-    """(bfloat16 master rounded to nearest, what is left). Exact with int16; with int8 the last 8 bits are rounded stochastically."""
+def float_bits(x: Float[Array, "..."], residual: Residual, key: UInt32[Array, "2"] | None = None) -> UInt32[Array, "..."]:
+    """The bits of x that master and residual hold: all of them with int16; with int8 the last 8 are rounded stochastically."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    if residual == "int8":
-        bits = (bits + (random_bits(key, x.shape) >> 24)) & jnp.uint32(0xFFFFFF00)
-    high = (bits + 0x8000) >> 16
-    low = lax.bitcast_convert_type(bits - (high << 16), jnp.int32)
-    master = lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
-    return master, (low >> 8).astype(jnp.int8) if residual == "int8" else low.astype(jnp.int16)
+    return bits if residual == "int16" else (bits + (random_bits(key, x.shape) >> 24)) & jnp.uint32(0xFFFFFF00)
 
 
-def join(master: BFloat16[Array, "..."], residual: Int[Array, "..."]) -> Float[Array, "..."]:
-    """The float32 value that `cut` took apart."""
+def low_part(bits: UInt32[Array, "..."], residual: Residual) -> Int[Array, "..."]:
+    """The residual: what is left when the master is rounded to the nearest bfloat16 (ties away from zero)."""
+    low = lax.bitcast_convert_type(bits - (((bits + 0x8000) >> 16) << 16), jnp.int32)
+    return (low >> 8).astype(jnp.int8) if residual == "int8" else low.astype(jnp.int16)
+
+
+def high_part(bits: UInt32[Array, "..."], low: Int[Array, "..."]) -> BFloat16[Array, "..."]:
+    """The master, given the residual."""
+    high = (bits - lax.bitcast_convert_type(_widen(low), jnp.uint32)) >> 16
+    return lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
+
+
+def join(master: BFloat16[Array, "..."], low: Int[Array, "..."]) -> Float[Array, "..."]:
+    """The float32 value of master and residual."""
     high = lax.bitcast_convert_type(master, jnp.uint16).astype(jnp.int32) << 16
-    low = residual.astype(jnp.int32) << (8 if residual.dtype == jnp.int8 else 0)
-    return lax.bitcast_convert_type(high + low, jnp.float32)
+    return lax.bitcast_convert_type(high + _widen(low), jnp.float32)
+
+
+def _widen(low):
+    return low.astype(jnp.int32) << (8 if low.dtype == jnp.int8 else 0)
