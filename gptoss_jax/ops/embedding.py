@@ -1,7 +1,7 @@
 """Rows of an embedding table, with a gradient that is summed in float32 whatever the dtype of the table.
 
-The transpose of an indexed read is a scatter-add in the dtype of the table. In bfloat16 the sum of a token that occurs often stops growing at 256 times
-its terms: with one token at half of 2048 positions the gradient was 32 % wrong, and the nano model's SFT loss with bfloat16 masters four times as high.
+The transpose of an indexed read is a scatter-add in the dtype of the table. In bfloat16 the sum of a token that occurs often stops growing at 256
+times its terms: with one token at half of 2048 positions the nano model's gradient was 32 % wrong (0.1 % here).
 
 Legend: B rows  T tokens of a row  V vocab  D hidden
 """

