@@ -25,6 +25,7 @@ from gptoss_jax.model.moe import Moe, RouterStats
 from gptoss_jax.ops.remat import Remat, product, rematerialize
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
+from gptoss_jax.ops.embedding import embedding
 
 Params = Mapping[str, Array]
 
@@ -81,7 +82,7 @@ class GptOss(nnx.Module):
 
         period, single = rematerialize(period, remat), rematerialize(single, remat, static_argnums=(1,))
 
-        x_BTD = self.embed_tokens.weight[...][tokens_BT].astype(dtype)
+        x_BTD = embedding(self.embed_tokens.weight[...], tokens_BT).astype(dtype)
         x_BTD, extras = lax.scan(period, x_BTD, stacked)
         tail_extras = []
         for block in self.tail:

@@ -58,6 +58,11 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     # never applied to biases, norms, sinks, router and embeddings
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    # how Adam's moments are stored (training/moments.py): 4, 2 or 1 bytes per parameter; a factored second moment takes next to none
+    first_moment: Literal["float32", "bfloat16", "int8"] = "float32"
+    second_moment: Literal["float32", "int8", "factored"] = "float32"
+    # bits below bfloat16 masters, kept beside the moments instead of rounding them off at random (training/rounding.py)
+    master_residual: Literal["int8", "int16"] | None = None
 
 
 class ScheduleConfig(Section):
@@ -123,6 +128,10 @@ class TrainConfig(Section):
     def _consistent(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps = {self.steps} and epochs = {self.epochs} exclude each other")
+        if self.optimizer.master_residual is not None and self.master_dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer.master_residual = {self.optimizer.master_residual} belongs to master_dtype bfloat16, not {self.master_dtype}"
+            )
         microbatch = self.batch.rows // self.batch.accumulation
         if microbatch % self.mesh.size:
             raise ValueError(

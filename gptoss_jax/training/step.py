@@ -8,7 +8,7 @@ expert projections it is `expert_quant` that makes it: a plain cast in SFT (None
 
 The rows of a batch are dealt to microbatches in turn (row r to microbatch r mod A), so that a batch sharded over rows stays where it is.
 
-Legend: A microbatches  B rows  T tokens of a row
+Legend: A microbatches  B rows  T tokens of a row  C blocks  Q block size
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balanc
 from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.training.config import TrainConfig
-from gptoss_jax.training.optimizer import Optimizer, apply_updates, init_moments, make_optimizer
+from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
 Params = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -88,13 +88,21 @@ def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Sharding
 
 
 def state_shardings(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None) -> Any:
-    """Sharding of every leaf: moments lie where their parameter lies. None without a mesh."""
+    """Sharding of every leaf: moments lie where their parameter lies, also as codes [..., C, Q] and scales [..., C]. Factors of a moment, which
+    lack a dimension, and what the mesh does not divide are on every device. None without a mesh."""
     if shardings is None:
         return None
+    params = abstract_params(config)
 
     def sharding(path, leaf):
-        name = getattr(path[-1], "key", None)
-        return shardings.params[name] if name in shardings.params else shardings.scalar
+        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in params), None)
+        if name is None or len(leaf.shape) < len(params[name].shape):
+            return shardings.scalar
+        try:
+            shardings.params[name].shard_shape(leaf.shape)
+        except ValueError:
+            return shardings.scalar
+        return shardings.params[name]
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state(config, train))
 
@@ -149,24 +157,24 @@ def _gradients(loss: Callable, train: TrainConfig, optimizer: Optimizer, shardin
 
     def microbatch_grads(microbatch):
         (_, (nll, aux, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
-        # bfloat16 masters give bfloat16 gradients; sums, norm and moments are float32
-        return _Grads(place(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)), nll, aux), captured
+        return _Grads(place(grads), nll, aux), captured
 
     num_microbatches = train.batch.accumulation
     if num_microbatches == 1:
+        # bfloat16 masters have bfloat16 gradients: 2 bytes per parameter less than converted here; the optimizer converts as it reads
         return microbatch_grads(batch)
 
     microbatches = _split(batch, num_microbatches)
     first = jax.tree.map(lambda x: x[0], microbatches)
     shapes, captured_shapes = jax.eval_shape(microbatch_grads, first)
-    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-    start = zeros(shapes)
+    zeros = lambda tree, dtype=None: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), tree)
+    start = zeros(shapes, jnp.float32)
     start = start._replace(grads=place(start.grads))
 
     def body(carry, microbatch):
         sums, _ = carry
         new, captured = microbatch_grads(microbatch)
-        return (jax.tree.map(jnp.add, sums, new), captured), None
+        return (jax.tree.map(lambda total, part: total + part.astype(jnp.float32), sums, new), captured), None
 
     (sums, captured), _ = lax.scan(body, (start, zeros(captured_shapes)), microbatches)
     return sums, captured
@@ -193,12 +201,10 @@ def make_train_step(
     def train_step(state: TrainState, batch):
         (grads, nll, aux), _ = _gradients(loss, train, optimizer, shardings, state.params, batch)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
-            finite = jnp.isfinite(norm) & jnp.isfinite(nll) & jnp.isfinite(aux)
             trained = {name: state.params[name] for name in optimizer.trained}
-            moved, opt_state = apply_updates(optimizer, trained, grads, state.opt_state, state.step)
-            moved, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, opt_state), (trained, state.opt_state))
-        skipped = 1 - finite.astype(jnp.int32)
+            finite = jnp.isfinite(nll) & jnp.isfinite(aux)
+            moved, opt_state, norm, made = apply_updates(optimizer, trained, grads, state.opt_state, state.step, finite)
+        skipped = 1 - made.astype(jnp.int32)
         in_row = (state.skipped_in_row + 1) * skipped
         metrics = {
             "loss": nll,
@@ -224,9 +230,7 @@ def make_eval_step(
     dtype = jnp.dtype(train.compute_dtype)
 
     def eval_step(params, batch):
-        out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant
-        )
+        out = forward(config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant)
         nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
 
@@ -245,7 +249,7 @@ def make_capture_step(
     def capture_step(state: TrainState, batch):
         (grads, nll, _), captured = _gradients(loss, train, optimizer, shardings, state.params, batch)
         consumed = {name: weight for name, (weight, _) in captured.items()} if weights else {}
-        return Captured(nll, optax.global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
+        return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 
     where = state_shardings(config, train, shardings)
     if shardings is None:
