@@ -78,7 +78,8 @@ class Experts(nnx.Module):
         w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
         w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
         out_SD = expert_mlp(
-            x_SD, experts_SA, weights_SA, w_gate_up_EUD, self.gate_up_proj_bias[...], w_down_EDF, self.down_proj_bias[...], limit=self.limit
+            x_SD, experts_SA, weights_SA, w_gate_up_EUD, self.gate_up_proj_bias[...], w_down_EDF, self.down_proj_bias[...], limit=self.limit,
+            backend=context.backend,
         )
         captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
         return out_SD, captured

@@ -111,6 +111,11 @@ class TrainConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # what the backward pass computes again: whole layers (least memory), all but matrix products (fastest), nothing
     remat: Literal["none", "products", "layer"] = "layer"
+    # where masters become compute weights (a cast in SFT, fake quantization in QAT): inside each layer, so that one layer's are alive, or once
+    # per step for all layers and microbatches, which holds them all
+    cast_at: Literal["layer", "step"] = "layer"
+    # attention and experts: Triton kernels on NVIDIA GPUs and XLA elsewhere (auto), or one of the two by name
+    kernels: Literal["auto", "xla", "triton"] = "auto"
     quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
     # parameter name patterns that are not trained
     freeze: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ Legend: A microbatches  B rows  T tokens of a row  C blocks  Q block size
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
@@ -112,15 +114,29 @@ def _split(batch, num_microbatches: int):
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
+def _plain_cast(dtype) -> ExpertQuant:
+    return lambda projection, stored: (stored.astype(dtype), None)
+
+
+def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array], dict[str, Any]]:
+    """`params` with the compute weights of all experts in place of the stored ones, and the codes those were decoded from."""
+    made = {name: expert_quant(name.rpartition(".")[2], param) for name, param in params.items() if name.endswith(PROJECTIONS)}
+    return {**params, **{name: weight for name, (weight, _) in made.items()}}, {name: codes for name, (_, codes) in made.items()}
+
+
 def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False) -> Callable:
-    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch."""
+    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
+
+    With `cast_at: step` the experts in trained and frozen are compute weights already."""
     dtype = jnp.dtype(train.compute_dtype)
+    if train.cast_at == "step":
+        expert_quant = _plain_cast(dtype)
 
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
-            remat=train.remat,
+            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels,
         )
         with jax.named_scope("loss"):
             nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
@@ -141,10 +157,18 @@ class _Grads(NamedTuple):
     aux: Array
 
 
-def _gradients(loss: Callable, train: TrainConfig, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch) -> tuple[_Grads, Any]:
+def _gradients(
+    loss: Callable, train: TrainConfig, expert_quant: ExpertQuant | None, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch
+) -> tuple[_Grads, Any]:
     """Gradients of the whole batch over the trained parameters, and what the last microbatch captured."""
     trained = {name: params[name] for name in optimizer.trained}
     frozen = {name: param for name, param in params.items() if name not in trained}
+    to_masters, codes = lambda grads: grads, None
+    if train.cast_at == "step":
+        prepare = partial(_prepare, expert_quant or _plain_cast(jnp.dtype(train.compute_dtype)))
+        trained, pull, codes = jax.vjp(prepare, trained, has_aux=True)
+        frozen, frozen_codes = prepare(frozen)
+        to_masters, codes = lambda grads: pull(grads)[0], {**codes, **frozen_codes}
     weight = jnp.sum(batch.loss_weights_BT)
     # a batch without trained tokens has loss 0, not 0/0
     total_weight = jnp.where(weight > 0, weight, 1.0)
@@ -157,7 +181,9 @@ def _gradients(loss: Callable, train: TrainConfig, optimizer: Optimizer, shardin
 
     def microbatch_grads(microbatch):
         (_, (nll, aux, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
-        return _Grads(place(grads), nll, aux), captured
+        if captured is not None and codes is not None:
+            captured = {name: (consumed, codes[name]) for name, (consumed, _) in captured.items()}
+        return _Grads(place(to_masters(grads)), nll, aux), captured
 
     num_microbatches = train.batch.accumulation
     if num_microbatches == 1:
@@ -199,7 +225,7 @@ def make_train_step(
     loss = make_loss(config, train, expert_quant)
 
     def train_step(state: TrainState, batch):
-        (grads, nll, aux), _ = _gradients(loss, train, optimizer, shardings, state.params, batch)
+        (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         with jax.named_scope("optimizer"):
             trained = {name: state.params[name] for name in optimizer.trained}
             finite = jnp.isfinite(nll) & jnp.isfinite(aux)
@@ -247,7 +273,7 @@ def make_capture_step(
     loss = make_loss(config, train, expert_quant, capture=True)
 
     def capture_step(state: TrainState, batch):
-        (grads, nll, _), captured = _gradients(loss, train, optimizer, shardings, state.params, batch)
+        (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         consumed = {name: weight for name, (weight, _) in captured.items()} if weights else {}
         return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.ops.embedding import embedding
+from gptoss_jax.ops.embedding import embedding, sum_scattered, sum_sorted
 
 
 def test_gradient_is_summed_in_float32_also_for_a_bfloat16_table():
@@ -21,3 +21,14 @@ def test_gradient_is_summed_in_float32_also_for_a_bfloat16_table():
     ours, plain = (np.asarray(gradient(read, jnp.bfloat16), np.float32) for read in (embedding, lambda weight, tokens: weight[tokens]))
     np.testing.assert_allclose(ours, expected, rtol=2**-8)
     assert np.linalg.norm(plain - expected) > 0.02 * np.linalg.norm(expected), "the mistake that this guards against"
+
+
+def test_sorted_sum_equals_the_scatter_add():
+    rng = np.random.default_rng(1)
+    tokens_S = jnp.asarray(np.concatenate([rng.integers(0, 20, 300), np.full(200, 3), [19]]))
+    rows_SD = jnp.asarray(rng.standard_normal((501, 24)), jnp.float32)
+    ours = jax.jit(sum_sorted, static_argnums=2)(rows_SD, tokens_S, 20)
+    exact = np.zeros((20, 24))
+    np.add.at(exact, np.asarray(tokens_S), np.asarray(rows_SD, np.float64))
+    np.testing.assert_allclose(ours, exact, atol=1e-5)
+    np.testing.assert_allclose(ours, sum_scattered(rows_SD, tokens_S, 20), atol=1e-5)
