@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups
 
 # Rows of the largest piece. Beyond it the products gain little, and an expert's last rows would fall into more small pieces.
-MAX_PIECE_ROWS = 512
+MAX_PIECE_ROWS = 1024
 
 
 class Pieces(NamedTuple):
