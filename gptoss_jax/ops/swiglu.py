@@ -43,8 +43,9 @@ def clamped_swiglu_gradient(h_PU: Float[Array, "*P U"], dact_PF: Float[Array, "*
     g_PF, u_PF = jnp.minimum(gate_PF, limit), jnp.clip(up_PF, -limit, limit)
     s_PF = jax.nn.sigmoid(ALPHA * g_PF)
     dact_PF = dact_PF.astype(jnp.float32)
-    dgate_PF = jnp.where(gate_PF <= limit, dact_PF * (u_PF + 1) * s_PF * (1 + ALPHA * g_PF * (1 - s_PF)), 0)
-    dup_PF = jnp.where(jnp.abs(up_PF) <= limit, dact_PF * g_PF * s_PF, 0)
+    # written so that a NaN fails the test and passes on
+    dgate_PF = jnp.where(gate_PF > limit, 0, dact_PF * (u_PF + 1) * s_PF * (1 + ALPHA * g_PF * (1 - s_PF)))
+    dup_PF = jnp.where(jnp.abs(up_PF) > limit, 0, dact_PF * g_PF * s_PF)
     return jnp.stack([dgate_PF, dup_PF], axis=-1).reshape(h_PU.shape).astype(h_PU.dtype)
 
 
