@@ -130,7 +130,7 @@ def _over(span: Span, function):
 
 
 def _forward_block(views: _Blocks, sinks_KG, keys: int, block):
-    """Output [B, K, G, C, H] and lse [B, K, G, C] of one block."""
+    """Output [B, K, G, C, H] and lse [B, K, G, C] of one block, float32 (XLA:CPU widens bfloat16 results of a loop, all of them at every turn)."""
     rows = views.plan.rows
     v_BKUH = views.keys(views.v_BKTH, block, keys, 2)
     s_BKRU = _dot(views.rows(views.q_BKGTH, block), views.keys(views.k_BKTH, block, keys, 2), ((3,), (3,)))
@@ -139,7 +139,7 @@ def _forward_block(views: _Blocks, sinks_KG, keys: int, block):
     p_BKGCU = jnp.exp(s_BKGCU - top_BKGC[..., None])
     sum_BKGC = jnp.sum(p_BKGCU, axis=-1) + jnp.exp(sinks_KG[..., None] - top_BKGC)
     o_BKRH = _dot(p_BKGCU.reshape(s_BKRU.shape).astype(v_BKUH.dtype), v_BKUH, ((3,), (2,)))
-    return (_split_rows(o_BKRH, rows) / sum_BKGC[..., None]).astype(v_BKUH.dtype), top_BKGC + jnp.log(sum_BKGC)
+    return _split_rows(o_BKRH, rows) / sum_BKGC[..., None], top_BKGC + jnp.log(sum_BKGC)
 
 
 def _backward_block(views: _Blocks, lse_BKGT, delta_BKGT, do_BKGTH, keys: int, block):
