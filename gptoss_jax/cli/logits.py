@@ -43,7 +43,7 @@ def logits(
     @jax.jit
     def run(params, tokens_BT):
         quant = model.expert_quant(jnp.dtype(dtype))
-        hidden_BTD = forward(model.config, params, tokens_BT, dtype=jnp.dtype(dtype), expert_quant=quant, remat=False).hidden_BTD
+        hidden_BTD = forward(model.config, params, tokens_BT, dtype=jnp.dtype(dtype), expert_quant=quant).hidden_BTD
         return compute_logits(params, hidden_BTD, jnp.dtype(dtype))
 
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):

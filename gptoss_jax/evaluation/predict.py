@@ -16,7 +16,7 @@ def make_predict(config: GptOssConfig, dtype, expert_quant: ExpertQuant | None =
     @jax.jit
     def run(params: Params, batch: Batch) -> Prediction:
         out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, remat=False
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant
         )
         losses_BT, tokens_BT = token_losses(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, jnp.dtype(dtype))
         return Prediction(tokens_BT, losses_BT)

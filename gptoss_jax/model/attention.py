@@ -8,6 +8,7 @@ from gptoss_jax.model.config import SLIDING, GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.model.layers import Linear
 from gptoss_jax.model.rope import rotate
+from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.attention import attention
 
@@ -28,8 +29,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         batch, length, _ = x_BTD.shape
         heads = lambda x: x.reshape(batch, length, -1, self.config.head_dim)
-        q_BTNH = rotate(heads(self.q_proj(x_BTD)), context.cos_BTC, context.sin_BTC)
-        k_BTKH = rotate(heads(self.k_proj(x_BTD)), context.cos_BTC, context.sin_BTC)
-        v_BTKH = heads(self.v_proj(x_BTD))
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window)
+        q_BTNH = rotate(product(heads(self.q_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
+        k_BTKH = rotate(product(heads(self.k_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
+        v_BTKH = product(heads(self.v_proj(x_BTD)))
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window, context.backend)
         return self.o_proj(out_BTNH.reshape(batch, length, -1))

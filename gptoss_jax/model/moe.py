@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
+from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
-from gptoss_jax.ops.grouped_matmul import DEFAULT_BLOCK_ROWS, combine, dispatch, group_rows, grouped_matmul
-
-SWIGLU_ALPHA = 1.702  # the release's constant; every client hard-codes it
+from gptoss_jax.ops.experts import expert_mlp
 
 
 class RouterStats(NamedTuple):
@@ -62,14 +61,6 @@ class Router(nnx.Module):
         return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
 
 
-def clamped_swiglu(h_PU: Float[Array, "P U"], limit: float) -> Float[Array, "P F"]:
-    """Gate and up interleaved in the last dim; clamped above (gate) and on both sides (up); computed in float32."""
-    h32_PFX = h_PU.astype(jnp.float32).reshape(h_PU.shape[0], -1, 2)
-    gate_PF = jnp.minimum(h32_PFX[..., 0], limit)
-    up_PF = jnp.clip(h32_PFX[..., 1], -limit, limit)
-    return (gate_PF * jax.nn.sigmoid(SWIGLU_ALPHA * gate_PF) * (up_PF + 1)).astype(h_PU.dtype)
-
-
 class Experts(nnx.Module):
     """All experts of a layer. `gate_up_proj` [E, U, D] and `down_proj` [E, D, F] are the weights that get quantized."""
 
@@ -86,12 +77,12 @@ class Experts(nnx.Module):
         """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
         w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
         w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
-        groups = group_rows(experts_SA, w_down_EDF.shape[0], DEFAULT_BLOCK_ROWS)
-        x_PD = dispatch(x_SD, groups)
-        h_PU = grouped_matmul(x_PD, w_gate_up_EUD, self.gate_up_proj_bias[...], groups)
-        y_PD = grouped_matmul(clamped_swiglu(h_PU, self.limit), w_down_EDF, self.down_proj_bias[...], groups)
+        out_SD = expert_mlp(
+            x_SD, experts_SA, weights_SA, w_gate_up_EUD, self.gate_up_proj_bias[...], w_down_EDF, self.down_proj_bias[...], limit=self.limit,
+            backend=context.backend,
+        )
         captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
-        return combine(y_PD, weights_SA, groups), captured
+        return out_SD, captured
 
 
 class Moe(nnx.Module):
@@ -102,6 +93,6 @@ class Moe(nnx.Module):
     @jax.named_scope("moe")
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats, dict]:
         x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        experts_SA, weights_SA, stats = self.router(x_SD, context.real_BT.reshape(-1))
+        experts_SA, weights_SA, stats = product(self.router(x_SD, context.real_BT.reshape(-1)))
         y_SD, captured = self.experts(x_SD, experts_SA, weights_SA, context)
         return y_SD.reshape(x_BTD.shape), stats, captured

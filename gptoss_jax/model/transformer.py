@@ -22,8 +22,10 @@ from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context, ExpertQuant
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.moe import Moe, RouterStats
+from gptoss_jax.ops.remat import Remat, product, rematerialize
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
+from gptoss_jax.ops.embedding import embedding
 
 Params = Mapping[str, Array]
 
@@ -39,7 +41,7 @@ class Block(nnx.Module):
         self.mlp = Moe(config, **make)
 
     def __call__(self, x_BTD, context: Context):
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+        x_BTD = product(x_BTD + self.self_attn(self.input_layernorm(x_BTD), context))
         y_BTD, stats, captured = self.mlp(self.post_attention_layernorm(x_BTD), context)
         return x_BTD + y_BTD, (stats, captured if context.capture else None)
 
@@ -64,7 +66,7 @@ class GptOss(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **make)
         self.lm_head = Embedding(config, **make)
 
-    def __call__(self, tokens_BT, context: Context, dtype, remat: bool):
+    def __call__(self, tokens_BT, context: Context, dtype, remat: Remat):
         """Final normed hidden states, and per block position / tail layer (router statistics, captured expert weights)."""
         graph, stacked = nnx.split(self.blocks)
 
@@ -78,11 +80,9 @@ class GptOss(nnx.Module):
         def single(x_BTD, block_graph, state):
             return nnx.merge(block_graph, state)(x_BTD, context)
 
-        if remat:
-            period = jax.checkpoint(period, prevent_cse=False)
-            single = jax.checkpoint(single, static_argnums=1)
+        period, single = rematerialize(period, remat), rematerialize(single, remat, static_argnums=(1,))
 
-        x_BTD = self.embed_tokens.weight[...][tokens_BT].astype(dtype)
+        x_BTD = embedding(self.embed_tokens.weight[...], tokens_BT).astype(dtype)
         x_BTD, extras = lax.scan(period, x_BTD, stacked)
         tail_extras = []
         for block in self.tail:
@@ -137,8 +137,9 @@ def forward(
     *,
     dtype=jnp.bfloat16,
     expert_quant: ExpertQuant | None = None,
-    remat: bool = True,
+    remat: Remat = "none",
     capture: bool = False,
+    backend: str | None = None,
 ) -> Output:
     """Runs the transformer up to the final norm.
 
@@ -147,6 +148,8 @@ def forward(
       positions_BT: position inside the document; default 0..T-1.
       dtype: compute dtype of activations and weights; norms, router, softmax and accumulation are float32.
       expert_quant: maps stored expert weights to compute weights; None casts them to `dtype`.
+      remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
+      backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
     """
     if segment_ids_BT is None:
@@ -156,7 +159,7 @@ def forward(
     graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
     model = nnx.merge(graph, fill_state(state, dict(params)))
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
-    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or _plain_cast(dtype), capture)
+    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or _plain_cast(dtype), capture, backend)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
     # scanned statistics come as one [repeats, ...] stack per position of the period: interleave to layer order, then the tail

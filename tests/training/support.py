@@ -37,7 +37,7 @@ def make_params(seed: int = 0, dtype=np.float32):
 def make_train(**changes) -> TrainConfig:
     """One setting for most tests, so that they share compiled programs. It does not clip: Adam's first moment then shows the gradient itself."""
     raw = {
-        "steps": 6, "batch": {"rows": ROWS}, "data": {"row_length": LENGTH}, "compute_dtype": "float32", "clip": 1e9,
+        "steps": 7, "batch": {"rows": ROWS}, "data": {"row_length": LENGTH}, "compute_dtype": "float32", "clip": 1e9,
         "optimizer": {"learning_rate": 1e-3},
     }  # fmt: skip
     return parse({**raw, **changes})

@@ -17,7 +17,7 @@ from gptoss_jax.training.loop import Trainer
 from gptoss_jax.training.run_dir import RunDir, read_metrics
 from tests.training.support import CONFIG, Batches, bits, make_params, make_train
 
-TRAIN = make_train(eval_every=2, checkpoint_every=2)
+TRAIN = make_train(eval_every=2, checkpoint_every=3)
 TIMES = ("tok_per_s",)
 
 
@@ -68,48 +68,49 @@ def break_off(path, index, **options):
 
 
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken, tmp_path):
-    """Killed in step 4 (checkpoint of step 2) and again in step 5 (checkpoint of step 4)."""
-    break_off(tmp_path / "out", 3)
-    assert orbax_store.list_steps(tmp_path / "out" / "checkpoints") == [2]
-    break_off(tmp_path / "out", 5, resume=True)
+    """Killed after step 5 (checkpoint of step 3, metrics of step 4 written) and again right after the checkpoint of step 6."""
+    break_off(tmp_path / "out", 5)
+    assert orbax_store.list_steps(tmp_path / "out" / "checkpoints") == [3]
+    assert metrics_of(tmp_path / "out")[-1]["step"] == 4
+    break_off(tmp_path / "out", 6, resume=True)
     trainer, _ = run(tmp_path / "out", resume=True)
     assert bits(trainer.state) == bits(unbroken[1].state)
     assert metrics_of(tmp_path / "out") == metrics_of(unbroken[0])
     assert trainer.batches.state() == unbroken[1].batches.state()
-    metas = [orbax_store.read_meta(p / "checkpoints", 6) for p in (tmp_path / "out", unbroken[0])]
-    assert metas[0] == metas[1] and metas[0].source == {"path": "base"} and metas[0].data_state == {"index": 6, "seed": 0}
+    metas = [orbax_store.read_meta(p / "checkpoints", 7) for p in (tmp_path / "out", unbroken[0])]
+    assert metas[0] == metas[1] and metas[0].source == {"path": "base"} and metas[0].data_state == {"index": 7, "seed": 0}
 
 
 def test_metrics_have_one_line_a_step(unbroken):
     path, trainer, _ = unbroken
     lines = read_metrics(path)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == list(range(8))
     assert set(lines[0]) == {"step", "eval_loss"}
     for line in lines[1:]:
         expected = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "skipped", "tok_per_s"}
         assert set(line) - {"eval_loss"} == expected and line["skipped"] == 0
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 7]
     assert lines[1]["tok_per_s"] is None and lines[2]["tok_per_s"] > 0
     assert lines[-1]["eval_loss"] == pytest.approx(trainer.evaluate(), rel=1e-6)
-    assert orbax_store.list_steps(path / "checkpoints") == [4, 6]
+    assert orbax_store.list_steps(path / "checkpoints") == [6, 7]
 
 
 def test_console_prints_plain_lines_where_there_is_no_terminal(unbroken):
     printed = unbroken[2]
-    assert "step 6/6 | loss " in printed and " | gnorm " in printed and " | lr 1.6e-04 | " in printed and "eval loss" in printed
+    assert "step 7/7 | loss " in printed and " | gnorm " in printed and " | lr 1.4e-04 | " in printed and "eval loss" in printed
     assert "\x1b" not in printed
 
 
 def test_damaged_newest_checkpoint_is_set_aside_and_the_one_before_continues(unbroken, tmp_path):
-    break_off(tmp_path / "out", 5)
+    break_off(tmp_path / "out", 6)
     checkpoints = tmp_path / "out" / "checkpoints"
-    file = max((checkpoints / "4").rglob("d/*"), key=lambda p: p.stat().st_size)
+    file = max((checkpoints / "6").rglob("d/*"), key=lambda p: p.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     trainer, printed = run(tmp_path / "out", resume=True)
-    assert "WARNING: " in printed and f"step 4 is damaged: {file.relative_to(checkpoints / '4')}" in printed
-    assert (checkpoints / "4.corrupt").is_dir() and orbax_store.list_steps(checkpoints) == [4, 6]
+    assert "WARNING: " in printed and f"step 6 is damaged: {file.relative_to(checkpoints / '6')}" in printed
+    assert (checkpoints / "6.corrupt").is_dir() and orbax_store.list_steps(checkpoints) == [6, 7]
     assert bits(trainer.state) == bits(unbroken[1].state) and metrics_of(tmp_path / "out") == metrics_of(unbroken[0])
 
 
@@ -117,11 +118,11 @@ def test_finished_run_resumes_to_nothing(unbroken):
     path, trainer, _ = unbroken
     before = (path / "metrics.jsonl").read_text()
     again, _ = run(path, resume=True)
-    assert again.step == 6 and (path / "metrics.jsonl").read_text() == before and bits(again.state) == bits(trainer.state)
+    assert again.step == 7 and (path / "metrics.jsonl").read_text() == before and bits(again.state) == bits(trainer.state)
 
 
 def test_other_settings_are_not_resumed(unbroken):
-    changed = make_train(eval_every=3, checkpoint_every=2, optimizer={"learning_rate": 2e-3}, seed=1)
+    changed = make_train(eval_every=3, checkpoint_every=1, optimizer={"learning_rate": 2e-3}, seed=1)
     with pytest.raises(UsageError, match=r"optimizer.learning_rate: 0.001 -> 0.002; seed: 0 -> 1$"):
         run(unbroken[0], train=changed, resume=True)
 
@@ -141,8 +142,9 @@ def test_non_finite_steps_are_skipped_logged_and_three_in_a_row_stop(tmp_path):
 def test_non_finite_parameters_are_not_saved(tmp_path):
     params = make_params()
     params["lm_head.weight"] = params["lm_head.weight"].at[3, 4].set(np.nan)
-    with pytest.raises(NumericsError, match="parameters are not finite after step 2"):
-        run(tmp_path / "out", params=params)
+    with pytest.raises(NumericsError, match="parameters are not finite after step 1"):
+        run(tmp_path / "out", train=make_train(checkpoint_every=1), params=params)
+    assert orbax_store.list_steps(tmp_path / "out" / "checkpoints") == []
 
 
 def test_used_directory_needs_resume_or_overwrite(tmp_path):
@@ -182,9 +184,9 @@ def test_metrics_rewind_drops_later_and_half_written_lines(tmp_path):
 def test_qat_checkpoint_carries_the_hashes_of_the_codes_of_its_masters(tmp_path):
     """The hashes come from the compiled training program; the oracle encodes the restored masters."""
     policy = default_policy(Mxfp4())
-    trainer, _ = run(tmp_path / "out", train=make_train(steps=2), policy=policy)
-    meta = orbax_store.read_meta(tmp_path / "out" / "checkpoints", 2)
-    params = orbax_store.restore_params(tmp_path / "out" / "checkpoints", 2)
+    trainer, _ = run(tmp_path / "out", train=make_train(), policy=policy)
+    meta = orbax_store.read_meta(tmp_path / "out" / "checkpoints", 7)
+    params = orbax_store.restore_params(tmp_path / "out" / "checkpoints", 7)
     codes = {name: Mxfp4().encode(p) for name, p in params.items() if name.endswith(("gate_up_proj", "down_proj"))}
     assert meta.code_hashes == code_hashes(CONFIG, codes) and len(meta.code_hashes) == 4
     assert bits(params) == bits(trainer.state.params) and meta.quant == policy.to_dict()

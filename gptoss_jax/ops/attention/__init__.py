@@ -2,8 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.ops.attention.local import local_attention
-from gptoss_jax.ops.attention.reference import attention_reference
+from gptoss_jax.ops.attention.blockwise import blockwise_attention
 
 
 def attention(
@@ -13,15 +12,14 @@ def attention(
     sinks_N: Float[Array, "N"],
     segment_ids_BT: Int[Array, "B T"],
     window: int | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scores `q.k / sqrt(H)` and softmax in float32; the sink is a logit per query head added after scaling and masking.
 
     Query head n reads kv head n // (N/K). A token sees itself and earlier tokens of its own segment, with `window` only the last `window` of
     them, itself included. A row that sees nothing but its sink gives 0. Layers with a window cost O(T * window).
     """
-    if window is not None and q_BTNH.shape[1] > 2 * window:
-        return local_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
-    return attention_reference(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
+    return blockwise_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
 
 
 __all__ = ["attention"]

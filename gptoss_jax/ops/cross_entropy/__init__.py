@@ -1,6 +1,16 @@
-"""Cross-entropy of the unembedding, in blocks of tokens: the logits of the whole batch (201,088 wide for gpt-oss) never exist at once."""
+"""Cross-entropy of the unembedding, in blocks of tokens: the logits of the whole batch (201,088 wide for gpt-oss) never exist at once.
 
-from collections.abc import Callable
+    loss = sum_s weight_s * (logsumexp(z_s) - z_s[target_s]),  z = hidden @ w.T
+    dz_s = weight_s * (softmax(z_s) - onehot(target_s)),  dhidden = dz @ w,  dw = dz.T @ hidden
+
+When the loss is differentiated, the gradients are made in the same pass over the blocks as the loss, while a block's logits are at hand; the backward
+pass only scales them. That is three products of vocabulary size where recomputing the logits in the backward pass takes four, and what is kept
+from forward to backward are the gradients themselves.
+
+Legend: B batch  T tokens of a row  S tokens  D hidden  V vocabulary
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +21,27 @@ from jaxtyping import Array, Float, Int
 MAX_BLOCK_LOGITS = 1 << 26
 
 
-def _losses(hidden_SD, w_VD, targets_S, dtype):
-    """(cross-entropy of the target, most probable token) of each token of one block; logits float32."""
-    logits_SV = jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=jnp.float32)
-    picked_S = jnp.take_along_axis(logits_SV, targets_S[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits_SV, axis=1) - picked_S, jnp.argmax(logits_SV, axis=1).astype(jnp.int32)
+def _logits(hidden_SD, w_VD, dtype):
+    return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _map_blocks(function: Callable, vocab: int, *arrays: Array):
-    """`function` over blocks of tokens of [B, T, ...] arrays; results [blocks, ...]. The last block is padded with zeros."""
-    num_tokens = arrays[0].shape[0] * arrays[0].shape[1]
+def _picked(logits_SV, targets_S):
+    return jnp.take_along_axis(logits_SV, targets_S[:, None], axis=1)[:, 0]
+
+
+def _blocks(num_tokens: int, vocab: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, T, ...] arrays as [blocks, tokens of a block, ...]; the last block is padded with zeros."""
     block = max(1, min(num_tokens, MAX_BLOCK_LOGITS // vocab))
     num_blocks = -(-num_tokens // block)
 
-    def blocks(x):
+    def split(x):
         x = x.reshape(num_tokens, *x.shape[2:])
         return jnp.pad(x, [(0, num_blocks * block - num_tokens)] + [(0, 0)] * (x.ndim - 1)).reshape(num_blocks, block, *x.shape[1:])
 
-    return lax.map(lambda xs: function(*xs), tuple(map(blocks, arrays)))
+    return tuple(map(split, arrays))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(
     hidden_BTD: Float[Array, "B T D"],
     w_VD: Float[Array, "V D"],
@@ -38,23 +49,61 @@ def cross_entropy_sum(
     weights_BT: Float[Array, "B T"],
     dtype=jnp.bfloat16,
 ) -> Float[Array, ""]:
-    """Sum over tokens of `weight * -log softmax(hidden @ w.T)[target]`, float32.
+    """Sum over tokens of `weight * -log softmax(hidden @ w.T)[target]`, float32. Differentiable in hidden and w.
 
-    The product runs in `dtype` with float32 accumulation; each block is recomputed in the backward pass; the gradient of w is summed over
-    blocks in w's own dtype, so pass the master weights.
+    Products run in `dtype` with float32 accumulation; the gradient of w is summed over blocks in float32 and returned in w's own dtype, so pass
+    the master weights.
     """
 
-    @jax.checkpoint
     def block_sum(hidden_SD, targets_S, weights_S):
-        return jnp.sum(weights_S * _losses(hidden_SD, w_VD, targets_S, dtype)[0])
+        logits_SV = _logits(hidden_SD, w_VD, dtype)
+        return jnp.sum(weights_S * (jax.nn.logsumexp(logits_SV, axis=1) - _picked(logits_SV, targets_S)))
 
-    return jnp.sum(_map_blocks(block_sum, w_VD.shape[0], hidden_BTD, targets_BT, weights_BT))
+    return jnp.sum(lax.map(lambda xs: block_sum(*xs), _blocks(targets_BT.size, w_VD.shape[0], hidden_BTD, targets_BT, weights_BT)))
+
+
+def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype):
+    num_tokens, vocab = targets_BT.size, w_VD.shape[0]
+    w_cast_VD = w_VD.astype(dtype)
+
+    def body(carry, block):
+        total, dw_VD = carry
+        hidden_SD, targets_S, weights_S = block
+        logits_SV = _logits(hidden_SD, w_VD, dtype)
+        top_S = jnp.max(logits_SV, axis=1)
+        exp_SV = jnp.exp(logits_SV - top_S[:, None])
+        sum_S = jnp.sum(exp_SV, axis=1)
+        total += jnp.sum(weights_S * (top_S + jnp.log(sum_S) - _picked(logits_SV, targets_S)))
+        is_target_SV = jnp.arange(vocab) == targets_S[:, None]
+        dz_SV = (exp_SV * (weights_S / sum_S)[:, None] - jnp.where(is_target_SV, weights_S[:, None], 0)).astype(dtype)
+        dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=jnp.float32)
+        dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=jnp.float32)
+        return (total, dw_VD), dhidden_SD.astype(hidden_BTD.dtype)
+
+    start = jnp.float32(0), jnp.zeros(w_VD.shape, jnp.float32)
+    (total, dw_VD), dhidden = lax.scan(body, start, _blocks(num_tokens, vocab, hidden_BTD, targets_BT, weights_BT))
+    dhidden_BTD = dhidden.reshape(-1, hidden_BTD.shape[-1])[:num_tokens].reshape(hidden_BTD.shape)
+    return total, (dhidden_BTD, dw_VD.astype(w_VD.dtype))
+
+
+def _backward(dtype, gradients, scale):
+    dhidden_BTD, dw_VD = gradients
+    return (dhidden_BTD * scale).astype(dhidden_BTD.dtype), (dw_VD * scale).astype(dw_VD.dtype), None, None
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def token_losses(
     hidden_BTD: Float[Array, "B T D"], w_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], dtype=jnp.bfloat16
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
     """Per token: cross-entropy of its target in nats (float32), and the most probable next token. For evaluation; same arithmetic as above."""
+
+    def block(hidden_SD, targets_S):
+        logits_SV = _logits(hidden_SD, w_VD, dtype)
+        losses_S = jax.nn.logsumexp(logits_SV, axis=1) - _picked(logits_SV, targets_S)
+        return losses_S, jnp.argmax(logits_SV, axis=1).astype(jnp.int32)
+
     num_tokens = targets_BT.size
-    blocks = _map_blocks(lambda hidden_SD, targets_S: _losses(hidden_SD, w_VD, targets_S, dtype), w_VD.shape[0], hidden_BTD, targets_BT)
-    return tuple(x.reshape(-1)[:num_tokens].reshape(targets_BT.shape) for x in blocks)
+    results = lax.map(lambda xs: block(*xs), _blocks(num_tokens, w_VD.shape[0], hidden_BTD, targets_BT))
+    return tuple(x.reshape(-1)[:num_tokens].reshape(targets_BT.shape) for x in results)

@@ -1,23 +1,50 @@
-"""One matrix per expert applied to the rows routed to it."""
+"""One matrix per expert applied to the rows routed to it: `y[p] = w[e(p)] @ x[p] + bias[e(p)]`."""
 
+from functools import partial
+
+import jax
 from jaxtyping import Array, Float
 
+from gptoss_jax.ops.backend import resolve_backend
+from gptoss_jax.ops.grouped_matmul import xla
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups, combine, dispatch, group_rows
-from gptoss_jax.ops.grouped_matmul.xla import grouped_matmul_xla
 
-# Rows of a block. Smaller pads less, larger feeds the matrix unit better.
-DEFAULT_BLOCK_ROWS = 128
+# Rows of a block, to which each expert's rows are padded. XLA joins blocks to larger pieces, so there small ones pad less.
+BLOCK_ROWS = {"xla": 32, "triton": 128}
+_BACKENDS = {"xla": xla}
+
+
+def block_rows(backend: str | None = None) -> int:
+    """Rows of a block for `group_rows` where the grouped matmul runs on this backend."""
+    return BLOCK_ROWS[resolve_backend(backend)]
 
 
 def grouped_matmul(
-    x_PK: Float[Array, "P K"], w_ENK: Float[Array, "E N K"], bias_EN: Float[Array, "E N"], groups: RowGroups
+    x_PK: Float[Array, "P K"], w_ENK: Float[Array, "E N K"], bias_EN: Float[Array, "E N"], groups: RowGroups, backend: str | None = None
 ) -> Float[Array, "P N"]:
-    """`y[p] = w[e(p)] @ x[p] + bias[e(p)]` for the slots in use, with the gradients of x, w and bias.
+    """`y[p] = w[e(p)] @ x[p] + bias[e(p)]` for the slots in use, with the gradients of x, w and bias; products accumulate in float32.
 
     Slots of unused blocks come out as zeros; padding slots of used blocks hold the bias and must not be read (`combine` does not).
     Gradients of padding slots must be zero on entry (`combine` gives them so).
     """
-    return grouped_matmul_xla(x_PK, w_ENK, bias_EN, groups)
+    return _grouped_matmul(x_PK, w_ENK, bias_EN, groups, resolve_backend(backend))
 
 
-__all__ = ["DEFAULT_BLOCK_ROWS", "RowGroups", "combine", "dispatch", "group_rows", "grouped_matmul"]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped_matmul(x_PK, w_ENK, bias_EN, groups, backend):
+    return _BACKENDS[backend].forward(x_PK, w_ENK, bias_EN, groups)
+
+
+def _forward(x_PK, w_ENK, bias_EN, groups, backend):
+    return _grouped_matmul(x_PK, w_ENK, bias_EN, groups, backend), (x_PK, w_ENK, bias_EN, groups)
+
+
+def _backward(backend, residual, dy_PN):
+    x_PK, w_ENK, bias_EN, groups = residual
+    dx_PK, dw_ENK, dbias_EN = _BACKENDS[backend].backward(dy_PN, x_PK, w_ENK, groups)
+    return dx_PK, dw_ENK.astype(w_ENK.dtype), dbias_EN.astype(bias_EN.dtype), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
+
+__all__ = ["RowGroups", "block_rows", "combine", "dispatch", "group_rows", "grouped_matmul"]

@@ -1,65 +1,99 @@
-"""Grouped matmul in plain XLA: a loop over the blocks in use, one dense product per block.
+"""Grouped matmul in plain XLA: loops over pieces of rows of one expert, one dense product per piece.
 
-    forward   y[block]  = x[block] @ w[e].T + bias[e]
-    backward  dx[block] = dy[block] @ w[e]      dw[e] += dy[block].T @ x[block]      dbias[e] += sum over the block's rows of dy
+    forward   y[piece]  = x[piece] @ w[e].T + bias[e]
+    backward  dx[piece] = dy[piece] @ w[e]      dw[e] += dy[piece].T @ x[piece]      dbias[e] += sum over the piece's rows of dy
 
-with e the block's expert. The trip count is the number of blocks in use, so work is proportional to routed rows (plus less than one block per
-expert), unlike `jax.lax.ragged_dot`, which expands to all experts on CPU and CUDA. Products accumulate in float32; weight and bias gradients
-are summed over blocks in float32 and rounded once.
+with e the piece's expert. Work is proportional to routed rows, rounded up to a block per expert, unlike `jax.lax.ragged_dot`, which expands to all
+experts on CPU and CUDA. Shapes are static in XLA, so an expert's run of q blocks is cut into pieces of 2**k blocks: as many of the largest size
+as fit, then the binary digits of the rest; one loop per size, each with as many turns as there are pieces. Large pieces are what makes it fast:
+on two cores a float32 product of 512 rows of 512 -> 1024 runs at 387 GFLOP/s, of 128 rows at 298, of 32 rows at 141 (a dense product at 400).
 
-Legend: P slots  G blocks  M rows of a block  E experts  N outputs  K inputs
+Products accumulate in float32; weight and bias gradients are summed over pieces in float32.
+
+Legend: P slots  G blocks  M rows of a piece  E experts  N outputs  K inputs  J pieces
 """
 
-import jax
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups
 
+# Rows of the largest piece. Beyond it the products gain little, and an expert's last rows would fall into more small pieces.
+MAX_PIECE_ROWS = 512
 
-def _dot(a, b, contract):
+
+class Pieces(NamedTuple):
+    """The pieces of one size: `count` of them are in use."""
+
+    rows: int
+    expert_J: Int[Array, "J"]
+    start_J: Int[Array, "J"]  # first slot
+    count: Int[Array, ""]
+
+
+def cut(groups: RowGroups) -> list[Pieces]:
+    """All used blocks in pieces, largest first. Every block lies in exactly one piece."""
+    num_blocks = groups.block_expert_G.shape[0]
+    num_experts = groups.group_sizes_E.shape[0]
+    blocks_E = -(-groups.group_sizes_E // groups.block_rows)
+    first_E = jnp.cumsum(blocks_E) - blocks_E
+    largest = 1
+    while 2 * largest * groups.block_rows <= MAX_PIECE_ROWS and 2 * largest <= num_blocks:
+        largest *= 2
+    pieces, size = [], largest
+    while size:
+        if size == largest:
+            count_E, done_E, most = blocks_E // size, jnp.zeros_like(blocks_E), num_blocks // size
+        else:
+            count_E, done_E, most = blocks_E // size % 2, blocks_E // (2 * size) * (2 * size), min(num_experts, num_blocks // size)
+        ends_E = jnp.cumsum(count_E)
+        index_J = jnp.arange(most)
+        expert_J = jnp.searchsorted(ends_E, index_J, side="right").clip(max=num_experts - 1)
+        start_J = (first_E + done_E)[expert_J] + size * (index_J - (ends_E - count_E)[expert_J])
+        pieces.append(Pieces(size * groups.block_rows, expert_J, start_J * groups.block_rows, ends_E[-1]))
+        size //= 2
+    return pieces
+
+
+def dot(a, b, contract):
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _block(x_PK, g, rows):
-    return lax.dynamic_slice_in_dim(x_PK, g * rows, rows)
+def over_pieces(groups: RowGroups, body, carry):
+    """`carry = body(carry, expert, take, put)` for every piece; `take(x)` reads the piece's rows of x, `put(x, rows)` writes them."""
+    for pieces in cut(groups):
+
+        def turn(j, carry, pieces=pieces):
+            start = pieces.start_J[j]
+            take = lambda x: lax.dynamic_slice_in_dim(x, start, pieces.rows)
+            put = lambda x, rows: lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, 0)
+            return body(carry, pieces.expert_J[j], take, put)
+
+        carry = lax.fori_loop(0, pieces.count, turn, carry)
+    return carry
 
 
-@jax.custom_vjp
-def grouped_matmul_xla(x_PK, w_ENK, bias_EN, groups: RowGroups):
-    """See `gptoss_jax.ops.grouped_matmul.grouped_matmul`."""
-    rows = groups.block_rows
+def forward(x_PK, w_ENK, bias_EN, groups: RowGroups):
+    """y_PN in the dtype of x."""
 
-    def body(g, y_PN):
-        e = groups.block_expert_G[g]
-        y_MN = _dot(_block(x_PK, g, rows), w_ENK[e], ((1,), (1,))) + bias_EN[e].astype(jnp.float32)
-        return lax.dynamic_update_slice_in_dim(y_PN, y_MN.astype(y_PN.dtype), g * rows, 0)
+    def body(y_PN, e, take, put):
+        return put(y_PN, dot(take(x_PK), w_ENK[e], ((1,), (1,))) + bias_EN[e].astype(jnp.float32))
 
-    y_PN = jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype)
-    return lax.fori_loop(0, groups.num_blocks, body, y_PN)
+    return over_pieces(groups, body, jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))
 
 
-def _fwd(x_PK, w_ENK, bias_EN, groups):
-    return grouped_matmul_xla(x_PK, w_ENK, bias_EN, groups), (x_PK, w_ENK, bias_EN, groups)
+def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
+    """(dx_PK in the dtype of dy, dw_ENK float32, dbias_EN float32)."""
 
-
-def _bwd(residual, dy_PN):
-    x_PK, w_ENK, bias_EN, groups = residual
-    rows = groups.block_rows
-
-    def body(g, carry):
+    def body(carry, e, take, put):
         dx_PK, dw_ENK, dbias_EN = carry
-        e = groups.block_expert_G[g]
-        dy_MN = _block(dy_PN, g, rows)
-        dx_MK = _dot(dy_MN, w_ENK[e], ((1,), (0,))).astype(dx_PK.dtype)
-        dx_PK = lax.dynamic_update_slice_in_dim(dx_PK, dx_MK, g * rows, 0)
-        dw_ENK = dw_ENK.at[e].add(_dot(dy_MN, _block(x_PK, g, rows), ((0,), (0,))))
-        dbias_EN = dbias_EN.at[e].add(jnp.sum(dy_MN, axis=0, dtype=jnp.float32))
-        return dx_PK, dw_ENK, dbias_EN
+        dy_MN = take(dy_PN)
+        dx_PK = put(dx_PK, dot(dy_MN, w_ENK[e], ((1,), (0,))))
+        dw_ENK = dw_ENK.at[e].add(dot(dy_MN, take(x_PK), ((0,), (0,))))
+        return dx_PK, dw_ENK, dbias_EN.at[e].add(jnp.sum(dy_MN, axis=0, dtype=jnp.float32))
 
-    start = jnp.zeros_like(x_PK), jnp.zeros(w_ENK.shape, jnp.float32), jnp.zeros(bias_EN.shape, jnp.float32)
-    dx_PK, dw_ENK, dbias_EN = lax.fori_loop(0, groups.num_blocks, body, start)
-    return dx_PK, dw_ENK.astype(w_ENK.dtype), dbias_EN.astype(bias_EN.dtype), None
-
-
-grouped_matmul_xla.defvjp(_fwd, _bwd)
+    start = jnp.zeros(x_PK.shape, dy_PN.dtype), jnp.zeros(w_ENK.shape, jnp.float32), jnp.zeros(w_ENK.shape[:2], jnp.float32)
+    return over_pieces(groups, body, start)
