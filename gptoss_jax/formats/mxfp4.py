@@ -3,7 +3,8 @@
     encode: |x| bits -> block maximum (integer max) -> scale byte b (scale_rules) -> nearest of code value * 2**(b-127), ties to even
     decode: code value * 2**(b-127)
 
-Everything happens on integer bits (block_grid), so eager, jit, CPU, GPU and any sharding give the same bytes, subnormals included. Facts of the format:
+Everything happens on integer bits (block_grid), so eager, jit, CPU, GPU and any sharding give the same bytes, subnormals included. Facts of
+the format:
 
 - every finite decoded value of bytes 0..252 is exact in float32 and bfloat16 (subnormals from bytes 0 and 1); at byte 253 the
   magnitudes 4 and 6, at byte 254 those from 2 on, exceed float32 and decode to infinity; byte 255 decodes to NaN throughout;

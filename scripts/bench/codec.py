@@ -4,13 +4,13 @@
     python scripts/bench/codec.py --modelopt-python OTHER/bin/python      table, and scripts/bench/results/codec.json
     python scripts/bench/codec.py --json                                  one object instead of the table
 
-GB/s always count the input as bfloat16, two bytes an element, whatever is read or written, so that rows compare; `ns` is nanoseconds per element.
-"x copy" is the speed over that of the fastest copy of the same bfloat16 array in the same run: XLA's into a fresh array, or numpy's into one that exists.
-With `--modelopt-python`, NVIDIA's converter (`MXFP4QTensor.quantize`, pip install nvidia-modelopt) runs in that interpreter, in turns with ours, on the same
-weights; its bytes must equal those of `compat="modelopt"`.
+GB/s always count the input as bfloat16, two bytes an element, whatever is read or written, so that rows compare; `ns` is nanoseconds per
+element. "x copy" is the speed over that of the fastest copy of the same bfloat16 array in the same run: XLA's into a fresh array, or numpy's into
+one that exists. With `--modelopt-python`, NVIDIA's converter (`MXFP4QTensor.quantize`, pip install nvidia-modelopt) runs in that interpreter, in
+turns with ours, on the same weights; its bytes must equal those of `compat="modelopt"`.
 
-On a CPU most of the time of these memory-bound programs is spent by the kernel in handing out 4 KiB pages for results. `--huge-pages` starts everything,
-modelopt too, under GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (transparent huge pages for malloc), which is worth setting for training on a CPU.
+On a CPU much of the time of these memory-bound programs goes into the kernel's handing out 4 KiB pages for results. `--huge-pages` starts everything,
+modelopt too, under GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (transparent huge pages for malloc).
 """
 
 import argparse
