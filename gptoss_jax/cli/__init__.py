@@ -6,6 +6,7 @@ import os
 import sys
 
 import gptoss_jax
+from gptoss_jax.host_memory import restart_with_huge_pages
 
 # command -> (module, function, one line of help, example)
 COMMANDS = {
@@ -18,8 +19,9 @@ COMMANDS = {
     "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
     "logits": ("logits", "logits", "logits of token ids, for comparisons", "logits out/ --tokens t.npy --out l.npy --dtype float32"),
     "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint", "eval out/ --tasks A B H"),
-    "env": ("env", "env", "versions, devices and what is missing", "env"),
+    "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
+COMPUTING = ("demo", "recipe", "sft", "qat", "eval")  # run long enough to gain from memory in large pages
 
 
 def overview() -> str:
@@ -34,7 +36,8 @@ def overview() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    from_shell = argv is None
+    argv = sys.argv[1:] if from_shell else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; commands are {', '.join(COMMANDS)}"
         print(f"gptoss-jax: unknown command {argv[0]!r}{hint}", file=sys.stderr)
         return 2
+
+    if from_shell and argv[0] in COMPUTING and "--help" not in argv:
+        restart_with_huge_pages(argv)
 
     import tyro
 

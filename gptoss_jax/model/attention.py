@@ -32,5 +32,5 @@ class Attention(nnx.Module):
         q_BTNH = rotate(product(heads(self.q_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
         k_BTKH = rotate(product(heads(self.k_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
         v_BTKH = product(heads(self.v_proj(x_BTD)))
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window)
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window, context.backend)
         return self.o_proj(out_BTNH.reshape(batch, length, -1))

@@ -19,6 +19,7 @@ class Context:
     sin_BTC: Float[Array, "B T C"]
     expert_quant: ExpertQuant
     capture: bool
+    backend: str | None = None  # of attention and experts, see `gptoss_jax.ops.backend`
 
     @property
     def real_BT(self) -> Bool[Array, "B T"]:

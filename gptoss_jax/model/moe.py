@@ -22,8 +22,7 @@ from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
-from gptoss_jax.ops.grouped_matmul import block_rows, combine, dispatch, group_rows, grouped_matmul
-from gptoss_jax.ops.swiglu import clamped_swiglu
+from gptoss_jax.ops.experts import expert_mlp
 
 
 class RouterStats(NamedTuple):
@@ -78,12 +77,12 @@ class Experts(nnx.Module):
         """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
         w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
         w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
-        groups = product(group_rows(experts_SA, w_down_EDF.shape[0], block_rows()))
-        x_PD = dispatch(x_SD, groups)
-        h_PU = product(grouped_matmul(x_PD, w_gate_up_EUD, self.gate_up_proj_bias[...], groups))
-        y_PD = product(grouped_matmul(clamped_swiglu(h_PU, self.limit), w_down_EDF, self.down_proj_bias[...], groups))
+        out_SD = expert_mlp(
+            x_SD, experts_SA, weights_SA, w_gate_up_EUD, self.gate_up_proj_bias[...], w_down_EDF, self.down_proj_bias[...], limit=self.limit,
+            backend=context.backend,
+        )
         captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
-        return combine(y_PD, weights_SA, groups), captured
+        return out_SD, captured
 
 
 class Moe(nnx.Module):

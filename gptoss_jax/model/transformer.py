@@ -25,6 +25,7 @@ from gptoss_jax.model.moe import Moe, RouterStats
 from gptoss_jax.ops.remat import Remat, product, rematerialize
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
+from gptoss_jax.ops.embedding import embedding
 
 Params = Mapping[str, Array]
 
@@ -81,7 +82,7 @@ class GptOss(nnx.Module):
 
         period, single = rematerialize(period, remat), rematerialize(single, remat, static_argnums=(1,))
 
-        x_BTD = self.embed_tokens.weight[...][tokens_BT].astype(dtype)
+        x_BTD = embedding(self.embed_tokens.weight[...], tokens_BT).astype(dtype)
         x_BTD, extras = lax.scan(period, x_BTD, stacked)
         tail_extras = []
         for block in self.tail:
@@ -138,6 +139,7 @@ def forward(
     expert_quant: ExpertQuant | None = None,
     remat: Remat = "none",
     capture: bool = False,
+    backend: str | None = None,
 ) -> Output:
     """Runs the transformer up to the final norm.
 
@@ -147,6 +149,7 @@ def forward(
       dtype: compute dtype of activations and weights; norms, router, softmax and accumulation are float32.
       expert_quant: maps stored expert weights to compute weights; None casts them to `dtype`.
       remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
+      backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
     """
     if segment_ids_BT is None:
@@ -156,7 +159,7 @@ def forward(
     graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
     model = nnx.merge(graph, fill_state(state, dict(params)))
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
-    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or _plain_cast(dtype), capture)
+    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or _plain_cast(dtype), capture, backend)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
     # scanned statistics come as one [repeats, ...] stack per position of the period: interleave to layer order, then the tail

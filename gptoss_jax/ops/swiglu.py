@@ -37,14 +37,20 @@ def _forward(h_PU, limit):
     return clamped_swiglu(h_PU, limit), h_PU
 
 
-def _backward(limit, h_PU, dact_PF):
+def clamped_swiglu_gradient(h_PU: Float[Array, "*P U"], dact_PF: Float[Array, "*P F"], limit: float) -> Float[Array, "*P U"]:
+    """dh from dact, in the dtype of h."""
     gate_PF, up_PF = _gate_up(h_PU)
     g_PF, u_PF = jnp.minimum(gate_PF, limit), jnp.clip(up_PF, -limit, limit)
     s_PF = jax.nn.sigmoid(ALPHA * g_PF)
     dact_PF = dact_PF.astype(jnp.float32)
-    dgate_PF = jnp.where(gate_PF <= limit, dact_PF * (u_PF + 1) * s_PF * (1 + ALPHA * g_PF * (1 - s_PF)), 0)
-    dup_PF = jnp.where(jnp.abs(up_PF) <= limit, dact_PF * g_PF * s_PF, 0)
-    return (jnp.stack([dgate_PF, dup_PF], axis=-1).reshape(h_PU.shape).astype(h_PU.dtype),)
+    # written so that a NaN fails the test and passes on
+    dgate_PF = jnp.where(gate_PF > limit, 0, dact_PF * (u_PF + 1) * s_PF * (1 + ALPHA * g_PF * (1 - s_PF)))
+    dup_PF = jnp.where(jnp.abs(up_PF) > limit, 0, dact_PF * g_PF * s_PF)
+    return jnp.stack([dgate_PF, dup_PF], axis=-1).reshape(h_PU.shape).astype(h_PU.dtype)
+
+
+def _backward(limit, h_PU, dact_PF):
+    return (clamped_swiglu_gradient(h_PU, dact_PF, limit),)
 
 
 clamped_swiglu.defvjp(_forward, _backward)

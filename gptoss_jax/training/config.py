@@ -58,6 +58,11 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     # never applied to biases, norms, sinks, router and embeddings
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    # how Adam's moments are stored (training/moments.py): 4, 2 or 1 bytes per parameter; a factored second moment takes next to none
+    first_moment: Literal["float32", "bfloat16", "int8"] = "float32"
+    second_moment: Literal["float32", "int8", "factored"] = "float32"
+    # bits below bfloat16 masters, kept beside the moments instead of rounding them off at random (training/rounding.py)
+    master_residual: Literal["int8", "int16"] | None = None
 
 
 class ScheduleConfig(Section):
@@ -106,6 +111,11 @@ class TrainConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # what the backward pass computes again: whole layers (least memory), all but matrix products (fastest), nothing
     remat: Literal["none", "products", "layer"] = "layer"
+    # where masters become compute weights (a cast in SFT, fake quantization in QAT): inside each layer, so that one layer's are alive, or once
+    # per step for all layers and microbatches, which holds them all
+    cast_at: Literal["layer", "step"] = "layer"
+    # attention and experts: Triton kernels on NVIDIA GPUs and XLA elsewhere (auto), or one of the two by name
+    kernels: Literal["auto", "xla", "triton"] = "auto"
     quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
     # parameter name patterns that are not trained
     freeze: tuple[str, ...] = ()
@@ -123,6 +133,10 @@ class TrainConfig(Section):
     def _consistent(self):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps = {self.steps} and epochs = {self.epochs} exclude each other")
+        if self.optimizer.master_residual is not None and self.master_dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer.master_residual = {self.optimizer.master_residual} belongs to master_dtype bfloat16, not {self.master_dtype}"
+            )
         microbatch = self.batch.rows // self.batch.accumulation
         if microbatch % self.mesh.size:
             raise ValueError(

@@ -238,9 +238,7 @@ class Trainer:
             source=self.source,
         )
         optimizer = (self.state.opt_state, self.state.skipped, self.state.skipped_in_row)
-        orbax_store.save(
-            self.run.checkpoints, self.step, self.state.params, meta, optimizer, assets=self.assets, keep=self.train.keep
-        )
+        orbax_store.save(self.run.checkpoints, self.step, self.state.params, meta, optimizer, assets=self.assets, keep=self.train.keep)
         self._clock = time.monotonic()
 
 

@@ -1,40 +1,54 @@
 """AdamW on the trained part of the flat parameter dict, cosine schedule, and the write-back into the masters.
 
-    g <- g * min(1, clip / |g|)                       |g| over all trained parameters
-    u  = adam(g)                                      moments in float32 whatever the master dtype: at b2 = 0.999 a bfloat16 second
-                                                      moment (8 bits, steps of 0.4 %) would stop moving
-    w <- w - lr(step) * (u + weight_decay * w)        in float32; then exact for float32 masters, stochastically rounded for bfloat16
+    g <- g * min(1, clip / |g|)                       |g| over all trained parameters, in float32 whatever the dtype of the gradients
+    u  = adam(g)                                      moments stored as `optimizer.first_moment` and `.second_moment` say (see `moments.py`)
+    w <- w - lr(step) * (u + weight_decay * w)        in float32; then exact for float32 masters, rounded for bfloat16 (see `rounding.py`)
 
-The learning rate follows the step of the run; the bias correction of Adam counts only updates that were made (see `step.py` for skipped ones).
-Frozen parameters are neither differentiated nor given moments.
+The learning rate follows the step of the run; the bias correction of Adam counts only updates that were made: when the gradient norm (or the loss)
+is not finite, masters and optimizer state keep their values. Frozen parameters are neither differentiated nor given moments.
+
+The whole update is one pass over the gradients for the norm and, per parameter, one elementwise pass for each array that is written, in the memory of
+the old one (the compiled program holds no copy and no float32 version of a bfloat16 gradient or master). CPU, 46 M float32 parameters on two
+cores: 0.84 ns per parameter, 2.7 ns when Optax's transformations were chained as they come.
 """
 
 import fnmatch
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
+from gptoss_jax.training.moments import scale_by_moments
+from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, random_bits, rounding_key, stochastic_round
 
 # names that weight decay never touches
 NO_DECAY = ("*bias", "*norm.weight", "*.sinks", "*.router.*", "embed_tokens.weight", "lm_head.weight")
 
 
 class Optimizer(NamedTuple):
-    """`transform` turns float32 gradients into updates (before the learning rate); `trained` names what it covers."""
+    """`transform` turns clipped float32 gradients into updates (before the learning rate); `trained` names what it covers."""
 
-    transform: optax.GradientTransformation
+    transform: optax.GradientTransformationExtraArgs
+    clip: float
     schedule: Callable[[Array], Array]
     trained: tuple[str, ...]
     seed: int
+    residual: Residual | None
+
+
+class Update(NamedTuple):
+    """New masters and optimizer state, the norm of the gradient before clipping, and whether the update was made."""
+
+    params: dict[str, Array]
+    opt_state: optax.OptState
+    grad_norm: Float[Array, ""]
+    made: Bool[Array, ""]
 
 
 def split_frozen(names: Iterable[str], patterns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -90,51 +104,64 @@ def make_optimizer(config: TrainConfig, names: Iterable[str]) -> Optimizer:
         raise UsageError("the number of steps is not known: set `steps`, or resolve `epochs` with TrainConfig.with_steps")
     settings = config.optimizer
     trained, _ = split_frozen(names, config.freeze)
-    chain = [optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps)]
+
+    def bits(name, moment, count, shape):
+        return random_bits(rounding_key(config.seed, count, f"{name}.{moment}"), shape)
+
+    chain = [scale_by_moments(settings.b1, settings.b2, settings.eps, settings.first_moment, settings.second_moment, bits)]
     if settings.weight_decay:
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask={name: decays(name) for name in trained}))
     schedule = cosine_schedule(config.schedule, settings.learning_rate, config.steps)
-    return Optimizer(optax.chain(optax.clip_by_global_norm(config.clip), *chain), schedule, trained, config.seed)
+    return Optimizer(optax.chain(*chain), config.clip, schedule, trained, config.seed, settings.master_residual)
 
 
 def init_moments(optimizer: Optimizer, params: Mapping[str, Array]) -> optax.OptState:
-    """Zero moments in float32 for the trained parameters."""
-    return optimizer.transform.init({name: jnp.zeros(params[name].shape, jnp.float32) for name in optimizer.trained})
+    """Zero moments, and zero residuals as the last entry of the state if there are any, for the trained parameters."""
+    state = optimizer.transform.init({name: jnp.zeros(params[name].shape, jnp.float32) for name in optimizer.trained})
+    if optimizer.residual is None:
+        return state
+    return (*state, {name: jnp.zeros(params[name].shape, optimizer.residual) for name in optimizer.trained})
 
 
-def stochastic_round(x: Float[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
-    """Rounds float32 to one of the two bfloat16 neighbours, up with probability equal to the position between them.
-
-    E[result] = x: 16 uniform bits are added below the 16 bits that are kept, then cut. Values that bfloat16 holds stay. The bits depend on
-    key and element alone, so every sharding gives the same result. Not for NaN (the cut could turn it into an infinity).
-    """
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    return lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
-def rounding_key(seed: int, step: Array, name: str) -> Key[Array, ""]:
-    """Key of the rounding of one parameter at one step; the same after a resume and on any mesh."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+def global_norm(grads: Mapping[str, Array]) -> Float[Array, ""]:
+    """Norm over all gradients, squared and summed in float32."""
+    return optax.tree.norm({name: grad.astype(jnp.float32) for name, grad in grads.items()})
 
 
 def apply_updates(
-    optimizer: Optimizer, params: Mapping[str, Array], grads: Mapping[str, Array], opt_state: optax.OptState, step: Array
-) -> tuple[dict[str, Array], optax.OptState]:
+    optimizer: Optimizer,
+    params: Mapping[str, Array],
+    grads: Mapping[str, Array],
+    opt_state: optax.OptState,
+    step: Array,
+    finite: Bool[Array, ""] | bool = True,
+) -> Update:
     """One optimizer step.
 
     Args:
       params: the trained masters, float32 or bfloat16.
-      grads: of the same names, float32.
+      grads: of the same names, float32 or bfloat16 (converted as they are read, which is exact).
       step: of the run, int32; gives learning rate and rounding keys.
+      finite: of what else the step depends on; the update is left out if it is False, or the norm is not finite.
     """
-    masters = {name: param.astype(jnp.float32) for name, param in params.items()}
-    updates, opt_state = optimizer.transform.update(grads, opt_state, masters)
+    norm = global_norm(grads)
+    finite = jnp.isfinite(norm) & finite
+    shrink = jnp.minimum(1.0, optimizer.clip / norm)
+    clipped = {name: grad.astype(jnp.float32) * shrink for name, grad in grads.items()}
+    *opt_state, residuals = opt_state if optimizer.residual else (*opt_state, None)
+    masters = {name: join(param, residuals[name]) if residuals else param.astype(jnp.float32) for name, param in params.items()}
+    updates, opt_state = optimizer.transform.update(clipped, tuple(opt_state), masters, finite=finite)
     rate = optimizer.schedule(step)
-    new = {}
+    new, left = {}, {}
     for name, master in masters.items():
-        moved = master - rate * updates[name]
-        is_bf16 = params[name].dtype == jnp.bfloat16
-        new[name] = stochastic_round(moved, rounding_key(optimizer.seed, step, name)) if is_bf16 else moved
-    return new, opt_state
+        moved, key = master - rate * updates[name], rounding_key(optimizer.seed, step, name)
+        if residuals:
+            bits = float_bits(moved, optimizer.residual, key)
+            # the residual first, the master from it: computed side by side each needs a copy of the other's old value, so it is a copy of the
+            # old residual alone
+            left[name] = lax.optimization_barrier(jnp.where(finite, low_part(bits, optimizer.residual), residuals[name]))
+            moved = high_part(bits, left[name])
+        elif params[name].dtype == jnp.bfloat16:
+            moved = stochastic_round(moved, key)
+        new[name] = jnp.where(finite, moved, params[name])
+    return Update(new, (*opt_state, left) if residuals else opt_state, norm, finite)

@@ -8,10 +8,11 @@ expert projections it is `expert_quant` that makes it: a plain cast in SFT (None
 
 The rows of a batch are dealt to microbatches in turn (row r to microbatch r mod A), so that a batch sharded over rows stays where it is.
 
-Legend: A microbatches  B rows  T tokens of a row
+Legend: A microbatches  B rows  T tokens of a row  C blocks  Q block size
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,9 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.config import TrainConfig
-from gptoss_jax.training.optimizer import Optimizer, apply_updates, init_moments, make_optimizer
+from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
 Params = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -88,13 +90,21 @@ def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Sharding
 
 
 def state_shardings(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None) -> Any:
-    """Sharding of every leaf: moments lie where their parameter lies. None without a mesh."""
+    """Sharding of every leaf: moments lie where their parameter lies, also as codes [..., C, Q] and scales [..., C]. Factors of a moment, which
+    lack a dimension, and what the mesh does not divide are on every device. None without a mesh."""
     if shardings is None:
         return None
+    params = abstract_params(config)
 
     def sharding(path, leaf):
-        name = getattr(path[-1], "key", None)
-        return shardings.params[name] if name in shardings.params else shardings.scalar
+        name = next((key.key for key in reversed(path) if getattr(key, "key", None) in params), None)
+        if name is None or len(leaf.shape) < len(params[name].shape):
+            return shardings.scalar
+        try:
+            shardings.params[name].shard_shape(leaf.shape)
+        except ValueError:
+            return shardings.scalar
+        return shardings.params[name]
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state(config, train))
 
@@ -104,15 +114,29 @@ def _split(batch, num_microbatches: int):
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
+def _plain_cast(dtype) -> ExpertQuant:
+    return lambda projection, stored: (stored.astype(dtype), None)
+
+
+def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array], dict[str, Any]]:
+    """`params` with the compute weights of all experts in place of the stored ones, and the codes those were decoded from."""
+    made = {name: expert_quant(name.rpartition(".")[2], param) for name, param in params.items() if name.endswith(PROJECTIONS)}
+    return {**params, **{name: weight for name, (weight, _) in made.items()}}, {name: codes for name, (_, codes) in made.items()}
+
+
 def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False) -> Callable:
-    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch."""
+    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
+
+    With `cast_at: step` the experts in trained and frozen are compute weights already."""
     dtype = jnp.dtype(train.compute_dtype)
+    if train.cast_at == "step":
+        expert_quant = _plain_cast(dtype)
 
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
-            remat=train.remat,
+            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels,
         )
         with jax.named_scope("loss"):
             nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
@@ -133,10 +157,18 @@ class _Grads(NamedTuple):
     aux: Array
 
 
-def _gradients(loss: Callable, train: TrainConfig, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch) -> tuple[_Grads, Any]:
+def _gradients(
+    loss: Callable, train: TrainConfig, expert_quant: ExpertQuant | None, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch
+) -> tuple[_Grads, Any]:
     """Gradients of the whole batch over the trained parameters, and what the last microbatch captured."""
     trained = {name: params[name] for name in optimizer.trained}
     frozen = {name: param for name, param in params.items() if name not in trained}
+    to_masters, codes = lambda grads: grads, None
+    if train.cast_at == "step":
+        prepare = partial(_prepare, expert_quant or _plain_cast(jnp.dtype(train.compute_dtype)))
+        trained, pull, codes = jax.vjp(prepare, trained, has_aux=True)
+        frozen, frozen_codes = prepare(frozen)
+        to_masters, codes = lambda grads: pull(grads)[0], {**codes, **frozen_codes}
     weight = jnp.sum(batch.loss_weights_BT)
     # a batch without trained tokens has loss 0, not 0/0
     total_weight = jnp.where(weight > 0, weight, 1.0)
@@ -149,24 +181,26 @@ def _gradients(loss: Callable, train: TrainConfig, optimizer: Optimizer, shardin
 
     def microbatch_grads(microbatch):
         (_, (nll, aux, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
-        # bfloat16 masters give bfloat16 gradients; sums, norm and moments are float32
-        return _Grads(place(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)), nll, aux), captured
+        if captured is not None and codes is not None:
+            captured = {name: (consumed, codes[name]) for name, (consumed, _) in captured.items()}
+        return _Grads(place(to_masters(grads)), nll, aux), captured
 
     num_microbatches = train.batch.accumulation
     if num_microbatches == 1:
+        # bfloat16 masters have bfloat16 gradients: 2 bytes per parameter less than converted here; the optimizer converts as it reads
         return microbatch_grads(batch)
 
     microbatches = _split(batch, num_microbatches)
     first = jax.tree.map(lambda x: x[0], microbatches)
     shapes, captured_shapes = jax.eval_shape(microbatch_grads, first)
-    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-    start = zeros(shapes)
+    zeros = lambda tree, dtype=None: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), tree)
+    start = zeros(shapes, jnp.float32)
     start = start._replace(grads=place(start.grads))
 
     def body(carry, microbatch):
         sums, _ = carry
         new, captured = microbatch_grads(microbatch)
-        return (jax.tree.map(jnp.add, sums, new), captured), None
+        return (jax.tree.map(lambda total, part: total + part.astype(jnp.float32), sums, new), captured), None
 
     (sums, captured), _ = lax.scan(body, (start, zeros(captured_shapes)), microbatches)
     return sums, captured
@@ -191,14 +225,12 @@ def make_train_step(
     loss = make_loss(config, train, expert_quant)
 
     def train_step(state: TrainState, batch):
-        (grads, nll, aux), _ = _gradients(loss, train, optimizer, shardings, state.params, batch)
+        (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
-            finite = jnp.isfinite(norm) & jnp.isfinite(nll) & jnp.isfinite(aux)
             trained = {name: state.params[name] for name in optimizer.trained}
-            moved, opt_state = apply_updates(optimizer, trained, grads, state.opt_state, state.step)
-            moved, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, opt_state), (trained, state.opt_state))
-        skipped = 1 - finite.astype(jnp.int32)
+            finite = jnp.isfinite(nll) & jnp.isfinite(aux)
+            moved, opt_state, norm, made = apply_updates(optimizer, trained, grads, state.opt_state, state.step, finite)
+        skipped = 1 - made.astype(jnp.int32)
         in_row = (state.skipped_in_row + 1) * skipped
         metrics = {
             "loss": nll,
@@ -224,9 +256,7 @@ def make_eval_step(
     dtype = jnp.dtype(train.compute_dtype)
 
     def eval_step(params, batch):
-        out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant
-        )
+        out = forward(config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant)
         nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
 
@@ -243,9 +273,9 @@ def make_capture_step(
     loss = make_loss(config, train, expert_quant, capture=True)
 
     def capture_step(state: TrainState, batch):
-        (grads, nll, _), captured = _gradients(loss, train, optimizer, shardings, state.params, batch)
+        (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         consumed = {name: weight for name, (weight, _) in captured.items()} if weights else {}
-        return Captured(nll, optax.global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
+        return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 
     where = state_shardings(config, train, shardings)
     if shardings is None:

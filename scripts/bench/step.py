@@ -4,7 +4,7 @@
     python scripts/bench/step.py                     both models, both dtypes, table and scripts/bench/results/step.json
     python scripts/bench/step.py --models 9m --dtypes float32 --json     one object; `ratio` is that of the 9.1 M model in float32
 
-Each side runs in a process of its own that sleeps while the other computes, in the order A B B A ..., so that neither thread pool spins beside
+Both sides get memory in 2 MiB pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), as our command line asks for too. Each side runs in a process of its own that sleeps while the other computes, in the order A B B A ..., so that neither thread pool spins beside
 the other and a drift of the machine's speed hits both. transformers runs without gradient checkpointing, with fused AdamW, with the faster of
 its experts implementations; in bfloat16 its parameters and moments are bfloat16, ours stay float32 (more work for us). Rows are random tokens.
 
@@ -15,6 +15,7 @@ run and dtype. Useful: three times the products of the forward pass (`gptoss_jax
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gptoss_jax.host_memory import HUGE_PAGES
 from scripts.bench.common import WORKLOADS, machine, write_results
 
 STEPS = 3  # of one turn
@@ -62,7 +64,7 @@ def work_ours(name: str, dtype: str, mode: str, masters: str) -> None:
     from gptoss_jax.training.step import init_state, make_train_step
 
     work = WORKLOADS[name]
-    train = parse({"steps": 1000, "batch": {"rows": work.rows}, "compute_dtype": dtype, "master_dtype": masters, "remat": "none",
+    train = parse({"steps": 1000, "batch": {"rows": work.rows}, "compute_dtype": dtype, "master_dtype": masters, "remat": "products",
                    **({"quant": {"format": "mxfp4"}} if mode == "qat" else {})})  # fmt: skip
     tokens = jax.random.randint(jax.random.key(1), (work.rows, work.length), 0, work.config.vocab_size)
     ones = jnp.ones(tokens.shape, jnp.int32)
@@ -120,7 +122,8 @@ def work_transformers(name: str, dtype: str) -> None:
 class Worker:
     def __init__(self, *arguments: str):
         command = [sys.executable, __file__, "--worker", *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, **HUGE_PAGES}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()

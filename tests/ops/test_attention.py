@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.ops.attention import attention
-from gptoss_jax.ops.attention.local import local_attention
+from gptoss_jax.ops.attention.blockwise import blockwise_attention
 from gptoss_jax.ops.attention.reference import attention_reference
 
 B, N, K, H = 2, 6, 2, 10
@@ -50,7 +50,7 @@ def test_sliding_chunks_equal_dense_values_and_gradients(length, window):
         loss = lambda q, k, v, s: jnp.sum(function(q, k, v, s, args[4], window) * cotangent)
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*args[:4])
 
-    (value, grads), (expected, expected_grads) = run(local_attention), run(attention_reference)
+    (value, grads), (expected, expected_grads) = run(blockwise_attention), run(attention_reference)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(grads, expected_grads):
         np.testing.assert_allclose(got, want, atol=1e-5)

@@ -65,6 +65,8 @@ def test_unknown_key_names_the_nearest_and_its_line(write):
         ("steps: 2.5", "steps = 2.5"),
         ("optimizer: {learning_rate: .inf}", "optimizer.learning_rate"),
         ("master_dtype: float16", "master_dtype = 'float16'"),
+        ("optimizer: {first_moment: factored}", "optimizer.first_moment = 'factored'"),
+        ("optimizer: {master_residual: int8}", "belongs to master_dtype bfloat16, not float32"),
         ("quant: {format: int4}", "quant"),
         ("quant: {format: mxfp4, scale_rule: round}", "quant.scale_rule = 'round'"),
         ("quant: {format: nvfp4, scale_rule: rceil}", "quant.scale_rule"),

@@ -1,11 +1,10 @@
-"""AdamW on named parameters: what decays, what is frozen, how the rate moves, and stochastic rounding of bfloat16 masters."""
+"""AdamW on named parameters: what decays, what is frozen, how the rate moves, and bfloat16 masters."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import abstract_params
@@ -15,9 +14,7 @@ from gptoss_jax.training.optimizer import (
     decays,
     init_moments,
     make_optimizer,
-    rounding_key,
     split_frozen,
-    stochastic_round,
 )
 from tests.training.support import CONFIG, make_train
 
@@ -62,35 +59,11 @@ def test_float32_updates_are_those_of_optax_adamw():
     state, expected, expected_state = init_moments(optimizer, params), params, reference.init(params)
     for step in range(3):
         grads = {name: jnp.asarray(rng.standard_normal((3, 5)), jnp.float32) for name in names}
-        params, state = apply_updates(optimizer, params, grads, state, jnp.int32(step))
+        params, state, *_ = apply_updates(optimizer, params, grads, state, jnp.int32(step))
         updates, expected_state = reference.update(grads, expected_state, expected)
         expected = optax.apply_updates(expected, updates)
     for name in names:
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-6, atol=1e-7)
-
-
-def test_stochastic_rounding_is_unbiased_and_keeps_what_bfloat16_holds():
-    # k/4 of the way between two bfloat16 neighbours (spacing 2^-7), and a negative number
-    x = np.float32([1 + k * 2**-9 for k in range(4)] + [-(1 + 2**-9)])
-    draws = 40_000
-    rounded = np.asarray(stochastic_round(jnp.tile(x, (draws, 1)), jax.random.key(1)).astype(jnp.float32))
-    low, high = np.float32([1, 1, 1, 1, -1 - 2**-7]), np.float32([1 + 2**-7] * 4 + [-1])
-    assert ((rounded == low) | (rounded == high)).all()
-    up, position = (rounded == high).mean(axis=0), (x - low) / (high - low)
-    # 5 standard deviations of a binomial mean; 0 where bfloat16 holds the value
-    assert (np.abs(up - position) <= 5 * np.sqrt(position * (1 - position) / draws)).all(), up
-
-
-def test_rounding_bits_follow_seed_step_and_name_and_not_the_mesh():
-    x = jnp.full((8, 24), 1 + 2**-9, jnp.float32)
-    one = np.asarray(stochastic_round(x, rounding_key(3, jnp.int32(7), "a")))
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
-    for spec in (("x", "y"), (None, ("y", "x"))):
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
-        rounding = jax.jit(lambda x: stochastic_round(x, rounding_key(3, jnp.int32(7), "a")), in_shardings=sharding, out_shardings=sharding)
-        np.testing.assert_array_equal(np.asarray(rounding(jax.device_put(x, sharding))), one)
-    for key in (rounding_key(4, jnp.int32(7), "a"), rounding_key(3, jnp.int32(8), "a"), rounding_key(3, jnp.int32(7), "b")):
-        assert (np.asarray(stochastic_round(x, key)) != one).mean() > 0.2
 
 
 def test_bfloat16_masters_follow_small_updates_on_average():
@@ -100,7 +73,7 @@ def test_bfloat16_masters_follow_small_updates_on_average():
     params = {"w": jnp.ones(4096, jnp.bfloat16)}
     state = init_moments(optimizer, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype(jnp.float32)}
-    step = jax.jit(lambda p, s, i: apply_updates(optimizer, p, {"w": jnp.full(4096, -1.0)}, s, i))
+    step = jax.jit(lambda p, s, i: apply_updates(optimizer, p, {"w": jnp.full(4096, -1.0)}, s, i)[:2])
     for i in range(25):
         params, state = step(params, state, jnp.int32(i))
     moved = float(params["w"].astype(jnp.float32).mean()) - 1

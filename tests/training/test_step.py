@@ -73,6 +73,27 @@ def reference():
     return gradients(1, packed_batch())
 
 
+@pytest.mark.parametrize("changes", [{"remat": "none"}, {"remat": "products"}, {"cast_at": "step"}], ids=str)
+def test_what_is_kept_or_made_early_changes_no_gradient(changes, reference):
+    train = train_of(**changes)
+    state, metrics = make_train_step(CONFIG, train)(init_state(CONFIG, train, make_params()), packed_batch())
+    assert_same((first_moments(state), jax.device_get(metrics)), reference)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_codes_and_gradients_are_the_same_cast_per_layer_and_per_step(accumulation):
+    captured, states = [], []
+    for cast_at in ("layer", "step"):
+        train = train_of(accumulation, cast_at=cast_at)
+        state = init_state(CONFIG, train, make_params())
+        captured.append(make_capture_step(CONFIG, train, EXPERT_QUANT)(state, packed_batch()))
+        states.append(first_moments(make_train_step(CONFIG, train, EXPERT_QUANT)(state, packed_batch())[0]))
+    assert captured[0].codes.keys() == captured[1].codes.keys() and captured[0].codes
+    assert bits(captured[0].codes) == bits(captured[1].codes) and bits(captured[0].weights) == bits(captured[1].weights)
+    for name, expected in states[0].items():
+        np.testing.assert_allclose(states[1][name], expected, atol=RTOL * np.abs(expected).max(), rtol=0, err_msg=name)
+
+
 def test_gradients_are_the_same_for_any_accumulation(reference):
     """Rows have 0 to 13 trained tokens, 3 have none, so a mean of the means of microbatches would differ by far more."""
     assert_same(gradients(4, packed_batch()), reference)

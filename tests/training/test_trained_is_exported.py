@@ -23,9 +23,7 @@ FORMATS = {"mxfp4": Mxfp4(), "mxfp4_even": Mxfp4(scale_rule="even"), "nvfp4": Nv
 
 def trained(config, fmt, mesh, compute_dtype):
     """(state after QAT steps, the expert weights and codes that the compiled training step consumes on it)."""
-    train = parse(
-        {"steps": STEPS, "batch": {"rows": 8, "accumulation": 1}, "compute_dtype": compute_dtype, "optimizer": {"learning_rate": 3e-3}}
-    )
+    train = parse({"steps": STEPS, "batch": {"rows": 8, "accumulation": 1}, "compute_dtype": compute_dtype, "optimizer": {"learning_rate": 3e-3}})
     shardings = Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh)) if mesh else None
     quant = make_expert_quant(default_policy(fmt), jnp.dtype(compute_dtype))
     rng = np.random.default_rng(0)

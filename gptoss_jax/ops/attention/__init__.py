@@ -12,6 +12,7 @@ def attention(
     sinks_N: Float[Array, "N"],
     segment_ids_BT: Int[Array, "B T"],
     window: int | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scores `q.k / sqrt(H)` and softmax in float32; the sink is a logit per query head added after scaling and masking.
 

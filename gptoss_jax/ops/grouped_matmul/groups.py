@@ -67,47 +67,61 @@ def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int)
     )
 
 
-def _take_or_zero(x_XD: Array, index: Array) -> Array:
+def take_or_zero(x_XD: Array, index: Array) -> Array:
     """Rows of x; zeros where the index is one past the end."""
     return jnp.take(x_XD, index, axis=0, mode="fill", fill_value=0)
+
+
+def sum_slots(y_PD: Float[Array, "P D"], groups: RowGroups) -> Float[Array, "S D"]:
+    """Sum of each token's A rows, accumulated in float32."""
+    return jnp.sum(y_PD[groups.slot_SA], axis=1, dtype=jnp.float32).astype(y_PD.dtype)
+
+
+def weighted_sum(y_PD: Float[Array, "P D"], weights_SA: Float[Array, "S A"], groups: RowGroups) -> Float[Array, "S D"]:
+    """`out[s] = sum_a weights[s, a] * y[slot[s, a]]`, accumulated in float32."""
+    y_SAD = y_PD[groups.slot_SA].astype(jnp.float32)
+    return jnp.einsum("sad,sa->sd", y_SAD, weights_SA.astype(jnp.float32)).astype(y_PD.dtype)
+
+
+def weighted_sum_gradients(y_PD, weights_SA, groups: RowGroups, g_SD) -> tuple[Float[Array, "P 1"], Float[Array, "S A"]]:
+    """For the gradient g of `weighted_sum`: the weight of each slot, 0 on padding (dy is that times g of the slot's token), and dweights."""
+    weights_P = take_or_zero(weights_SA.astype(jnp.float32).reshape(-1, 1), groups.assignment_P)
+    dweights_SA = jnp.einsum("sad,sd->sa", y_PD[groups.slot_SA].astype(jnp.float32), g_SD.astype(jnp.float32))
+    return weights_P, dweights_SA.astype(weights_SA.dtype)
 
 
 @jax.custom_vjp
 def dispatch(x_SD: Float[Array, "S D"], groups: RowGroups) -> Float[Array, "P D"]:
     """Copies each token's row to its A slots; padding slots are zero. Gradient: the sum over the token's slots, a gather."""
-    return _take_or_zero(x_SD, groups.token_P)
+    return take_or_zero(x_SD, groups.token_P)
 
 
-def _dispatch_fwd(x_SD, groups):
+def _dispatch_forward(x_SD, groups):
     return dispatch(x_SD, groups), groups
 
 
-def _dispatch_bwd(groups, g_PD):
-    dx_SD = jnp.sum(g_PD[groups.slot_SA], axis=1, dtype=jnp.float32).astype(g_PD.dtype)
-    return dx_SD, None
+def _dispatch_backward(groups, g_PD):
+    return sum_slots(g_PD, groups), None
 
 
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
 def combine(y_PD: Float[Array, "P D"], weights_SA: Float[Array, "S A"], groups: RowGroups) -> Float[Array, "S D"]:
-    """Weighted sum of each token's A rows, accumulated in float32: `out[s] = sum_a weights[s, a] * y[slot[s, a]]`."""
-    y_SAD = y_PD[groups.slot_SA].astype(jnp.float32)
-    return jnp.einsum("sad,sa->sd", y_SAD, weights_SA.astype(jnp.float32)).astype(y_PD.dtype)
+    """`weighted_sum`, with gathers as its gradient."""
+    return weighted_sum(y_PD, weights_SA, groups)
 
 
-def _combine_fwd(y_PD, weights_SA, groups):
+def _combine_forward(y_PD, weights_SA, groups):
     return combine(y_PD, weights_SA, groups), (y_PD, weights_SA, groups)
 
 
-def _combine_bwd(residual, g_SD):
+def _combine_backward(residual, g_SD):
     y_PD, weights_SA, groups = residual
-    g32_SD = g_SD.astype(jnp.float32)
-    weights_P = _take_or_zero(weights_SA.astype(jnp.float32).reshape(-1, 1), groups.assignment_P)
-    dy_PD = (weights_P * _take_or_zero(g32_SD, groups.token_P)).astype(y_PD.dtype)
-    dweights_SA = jnp.einsum("sad,sd->sa", y_PD[groups.slot_SA].astype(jnp.float32), g32_SD).astype(weights_SA.dtype)
+    weights_P, dweights_SA = weighted_sum_gradients(y_PD, weights_SA, groups, g_SD)
+    dy_PD = (weights_P * take_or_zero(g_SD.astype(jnp.float32), groups.token_P)).astype(y_PD.dtype)
     return dy_PD, dweights_SA, None
 
 
-combine.defvjp(_combine_fwd, _combine_bwd)
+combine.defvjp(_combine_forward, _combine_backward)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups
 
 # Rows of the largest piece. Beyond it the products gain little, and an expert's last rows would fall into more small pieces.
-MAX_PIECE_ROWS = 512
+MAX_PIECE_ROWS = 1024
 
 
 class Pieces(NamedTuple):
@@ -58,11 +58,11 @@ def cut(groups: RowGroups) -> list[Pieces]:
     return pieces
 
 
-def _dot(a, b, contract):
+def dot(a, b, contract):
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _over_pieces(groups: RowGroups, body, carry):
+def over_pieces(groups: RowGroups, body, carry):
     """`carry = body(carry, expert, take, put)` for every piece; `take(x)` reads the piece's rows of x, `put(x, rows)` writes them."""
     for pieces in cut(groups):
 
@@ -80,9 +80,9 @@ def forward(x_PK, w_ENK, bias_EN, groups: RowGroups):
     """y_PN in the dtype of x."""
 
     def body(y_PN, e, take, put):
-        return put(y_PN, _dot(take(x_PK), w_ENK[e], ((1,), (1,))) + bias_EN[e].astype(jnp.float32))
+        return put(y_PN, dot(take(x_PK), w_ENK[e], ((1,), (1,))) + bias_EN[e].astype(jnp.float32))
 
-    return _over_pieces(groups, body, jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))
+    return over_pieces(groups, body, jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))
 
 
 def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
@@ -91,9 +91,9 @@ def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
     def body(carry, e, take, put):
         dx_PK, dw_ENK, dbias_EN = carry
         dy_MN = take(dy_PN)
-        dx_PK = put(dx_PK, _dot(dy_MN, w_ENK[e], ((1,), (0,))))
-        dw_ENK = dw_ENK.at[e].add(_dot(dy_MN, take(x_PK), ((0,), (0,))))
+        dx_PK = put(dx_PK, dot(dy_MN, w_ENK[e], ((1,), (0,))))
+        dw_ENK = dw_ENK.at[e].add(dot(dy_MN, take(x_PK), ((0,), (0,))))
         return dx_PK, dw_ENK, dbias_EN.at[e].add(jnp.sum(dy_MN, axis=0, dtype=jnp.float32))
 
     start = jnp.zeros(x_PK.shape, dy_PN.dtype), jnp.zeros(w_ENK.shape, jnp.float32), jnp.zeros(w_ENK.shape[:2], jnp.float32)
-    return _over_pieces(groups, body, start)
+    return over_pieces(groups, body, start)

@@ -1,0 +1,45 @@
+"""The experts of one layer: each token through the experts chosen for it, results weighted and summed.
+
+    out[s] = sum_a weights[s, a] * (down[e] @ swiglu(gate_up[e] @ x[s] + bias_up[e]) + bias_down[e]),   e = experts[s, a]
+
+`composed` is the chain dispatch -> grouped matmul -> SwiGLU -> grouped matmul -> combine, each step an operation of its own over all rows; with Triton
+kernels it is what runs on a GPU. `fused` does the chain piece by piece in XLA, so that on a CPU the rows of a piece stay in the cache. Both give the
+same numbers and the same gradients.
+
+Legend: S tokens  A experts per token  D hidden  E experts  F expert hidden  U=2F gate/up interleaved
+"""
+
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.ops.backend import resolve_backend
+from gptoss_jax.ops.experts.composed import expert_mlp_composed
+from gptoss_jax.ops.experts.fused import expert_mlp_fused
+from gptoss_jax.ops.grouped_matmul import block_rows, group_rows
+from gptoss_jax.ops.remat import product
+
+
+def expert_mlp(
+    x_SD: Float[Array, "S D"],
+    experts_SA: Int[Array, "S A"],
+    weights_SA: Float[Array, "S A"],
+    w_gate_up_EUD: Float[Array, "E U D"],
+    bias_up_EU: Float[Array, "E U"],
+    w_down_EDF: Float[Array, "E D F"],
+    bias_down_ED: Float[Array, "E D"],
+    *,
+    limit: float,
+    backend: str | None = None,
+) -> Float[Array, "S D"]:
+    """Dropless; work is done for routed rows only. Products accumulate in float32; differentiable in x, weights and all four parameters.
+
+    Args:
+      limit: clamp of the SwiGLU.
+      backend: "xla" or "triton"; None chooses by platform.
+    """
+    backend = resolve_backend(backend)
+    groups = product(group_rows(experts_SA, w_gate_up_EUD.shape[0], block_rows(backend)))
+    run = expert_mlp_fused if backend == "xla" else expert_mlp_composed
+    return run(x_SD, weights_SA, w_gate_up_EUD, bias_up_EU, w_down_EDF, bias_down_ED, groups, limit, backend)
+
+
+__all__ = ["expert_mlp"]
