@@ -1,12 +1,12 @@
 """Kernels of the Triton attention: forward, gradient of queries, gradient of keys and values. No array of scores is written.
 
-A row of a tile is a (token, query head) pair, the G heads of a kv head one after the other: row r is token r // G, head r % G. A tile of 128 rows thus
-holds 16 tokens of gpt-oss' 8 heads a group; keys and values are read once for all of them, and a window of 128 costs at most 256 keys a token where a
-tile of 128 tokens would cost 384. Rows are addressed through arrays of indices: nothing is copied, transposed or padded for the kernels, and masks
-at the borders exist only where a size is no multiple of the tile.
+A row of a tile is a (token, query head) pair, the G heads of a kv head one after the other: row r is token r // G, head r % G. 128 rows are 16 tokens
+of gpt-oss' 8 heads a group: keys and values are read once for all of them, and a window of 128 costs 192 keys a token in tiles of 64 keys, where 128
+tokens of one head would cost 256. Rows are addressed through arrays of indices: nothing is copied, transposed or padded for the kernels, and masks at
+the borders exist only where a size is no multiple of the tile.
 
-Forward: online softmax in base 2 over tiles of keys. It starts from the sink as if that were a first key without a value (maximum = sink, sum = 1): the
-maximum of a row is finite whatever it sees. Backward, from the saved output and lse (sink included), with delta = sum_h do o:
+Forward: online softmax in base 2 over tiles of keys. It starts from the sink as if that were a first key without a value (maximum = sink, sum = 1):
+the maximum of a row is finite whatever it sees. Backward, from the saved output and lse (sink included), with delta = sum_h do o:
 
     p = exp(s - lse),  ds = p (do v^T - delta),  dq = ds k / sqrt(H)  (a program takes a tile of rows)
     dv = p^T do,  dk = ds^T q / sqrt(H)                               (a program takes a tile of keys, on transposed scores s^T = k q^T)
@@ -15,8 +15,8 @@ Two kernels instead of one with atomic additions: gradients are the same bit for
 probabilities and ds are rounded to the type of v and q for their products, as in the other implementations. Products of float32 arrays follow
 `jax_default_matmul_precision`: TF32 by default, IEEE float32 at "highest".
 
-Row numbers are 32 bit: 131,072 tokens of 8 heads are 2^20. Element offsets take 64 bits in the lowering where an array has more than 2^32 bytes; below
-that they fit 31, an element having two bytes or more.
+Row numbers are 32 bit: 131,072 tokens of 8 heads are 2^20. Element offsets take 64 bits in the lowering where an array has more than 2^32 bytes;
+below that they fit 31, an element having two bytes or more.
 
 Legend: B batch  T tokens  N query heads  K kv heads  G=N/K  H head dim, P its next power of two  R rows of a tile  U keys of a tile
 """
