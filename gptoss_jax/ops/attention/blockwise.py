@@ -1,8 +1,8 @@
 """Attention in blocks of queries and keys, in plain XLA: no array of scores larger than one pair of blocks, no work on pairs that see nothing.
 
-Queries and keys are cut into the same blocks of C tokens; query block i runs over the key blocks from that of its first visible key to i. Forward is an
-online softmax that starts from the sink as if that were a first key without a value (maximum = sink, sum = 1): a row's maximum is finite whatever it
-sees. Kept for the backward pass are q, k, v, o and lse, the sink included. With delta = sum_h do o, which holds with a sink as without,
+Queries and keys are cut into the same blocks of C tokens; query block i runs over the key blocks from that of its first visible key to i. Forward is
+an online softmax that starts from the sink as if that were a first key without a value (maximum = sink, sum = 1): a row's maximum is finite whatever
+it sees. Kept for the backward pass are q, k, v, o and lse, the sink included. With delta = sum_h do o, which holds with a sink as without,
 
     p = exp(s - lse),  dv = p^T do,  ds = p (do v^T - delta),  dq = ds k / sqrt(H),  dk = ds^T q / sqrt(H),  dsink = -sum exp(sink - lse) delta
 

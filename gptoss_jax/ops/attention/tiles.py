@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 # By bytes of a row, head dim times item size: 128 is head dim 64 in bf16 (gpt-oss), 256 the same in float32. All stay below the 99 KiB that a program
 # has on sm86 and sm89 (163 on sm80, 227 on sm90), so one table serves every card. bf16 tiles of gpt-oss have 64 rows at least, as the products of one
 # warp group of Hopper. Compiled without a card by Triton 3.9 for gpt-oss' shapes, bf16 and float32: 48 to 66 KiB on sm80, sm89, sm90 and sm100, no
-spilled registers on sm90 (117 to 255 a thread). Chosen by these counts; no running time is measured.
+# spilled registers on sm90 (117 to 255 a thread). Chosen by these counts; no running time is measured.
 TILES = {
     128: Tiles(forward=Tile(128, 64, 3), dq=Tile(128, 64, 2), dkv=Tile(64, 64, 3)),
     256: Tiles(forward=Tile(64, 32, 3), dq=Tile(64, 32, 2), dkv=Tile(32, 64, 2)),
