@@ -166,6 +166,18 @@ def test_tiles_are_chosen_by_the_bytes_of_a_row():
         choose_tiles(256, 4)
 
 
+def test_triton_runs_on_each_device_for_its_rows_and_heads():
+    args = inputs(21, heads=8, kv_heads=4)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = [("data", None, "tensor")] * 3 + [("tensor",), ("data",)]
+    shardings = [jax.NamedSharding(mesh, jax.P(*spec)) for spec in specs]
+    loss = lambda *args: jnp.sum(jnp.sin(BACKENDS["triton"](*args, 9)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), in_shardings=shardings)
+    assert "all-gather" not in step.lower(*args).compile().as_text()
+    expected = jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(attention_reference(*args, 9))), argnums=(0, 1, 2, 3))(*args)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), step(*args), expected)
+
+
 def test_triton_with_the_tiles_of_the_table():
     args = inputs(150, head_dim=20)
     triton = partial(flash_attention, interpret=True)
