@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.ops.attention.blockwise import blockwise_attention
+from gptoss_jax.ops.backend import resolve_backend
 
 
 def attention(
@@ -17,8 +18,13 @@ def attention(
     """Scores `q.k / sqrt(H)` and softmax in float32; the sink is a logit per query head added after scaling and masking.
 
     Query head n reads kv head n // (N/K). A token sees itself and earlier tokens of its own segment, with `window` only the last `window` of
-    them, itself included. A row that sees nothing but its sink gives 0. Layers with a window cost O(T * window).
+    them, itself included. A row that sees nothing but its sink gives 0. Layers with a window cost O(T * window), the memory of others is O(T) too.
+    `backend`: "xla" (blockwise.py) or "triton" (NVIDIA GPUs); None chooses by platform.
     """
+    if resolve_backend(backend) == "triton":
+        from gptoss_jax.ops.attention.triton import flash_attention  # 0.1 s to import, and only GPUs run it
+
+        return flash_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
     return blockwise_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)
 
 

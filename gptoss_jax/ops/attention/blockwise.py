@@ -1,166 +1,123 @@
-"""Attention in blocks of queries, in plain XLA: no array of scores larger than one block, work limited to the keys a block can see.
+"""Attention in blocks of queries and keys, in plain XLA: no array of scores larger than one pair of blocks, no work on pairs that see nothing.
 
-A block of C queries is taken against a run of U keys of static length: on sliding layers the C + window keys up to its end, on full layers the keys
-up to the end of its eighth of the row (so 9/16 of the square are computed, not all of it). Forward: one softmax over the run, its sink included,
-
-    s = q k^T / sqrt(H),  m = max(max_u s, sink),  l = sum_u exp(s - m) + exp(sink - m),  o = sum_u exp(s - m) v / l,  lse = m + log l
-
-kept for the backward pass are q, k, v, o and lse. Backward, with delta = sum_h do o, which holds with a sink in lse as it does without one:
+Queries and keys are cut into the same blocks of C tokens; query block i runs over the key blocks from that of its first visible key to i. Forward is
+an online softmax that starts from the sink as if that were a first key without a value (maximum = sink, sum = 1): a row's maximum is finite whatever
+it sees. Kept for the backward pass are q, k, v, o and lse, the sink included. With delta = sum_h do o, which holds with a sink as without,
 
     p = exp(s - lse),  dv = p^T do,  ds = p (do v^T - delta),  dq = ds k / sqrt(H),  dk = ds^T q / sqrt(H),  dsink = -sum exp(sink - lse) delta
 
-The backward pass works on transposed scores, s^T = k q^T. XLA's fast CPU products demand a left factor that contracts its last dimension, and this way
-all five have it without transposing an array of scores.
+Loops over blocks, not one expression per block: unrolled, every block gets scores of its own, and fresh memory costs a CPU more than the products
+(B=2 T=1024 N=8 K=2 H=64, value and gradient on 2 cores: 151 MB of temporaries and 69 ms unrolled, 15 to 24 MB and 40 to 50 ms in loops).
 
-Legend: B batch  T tokens  N query heads  K kv heads  G=N/K  H head dim  C queries of a block  R=G*C rows of a block  U keys of a block's run
+XLA's fast CPU products demand a left factor that contracts its last dim. The backward pass therefore works on transposed scores, s^T = k q^T, and has
+k^T at hand: all five products have that form without a transposed array of scores.
+
+Legend: B batch  T tokens  N query heads  K kv heads  G=N/K  H head dim  C queries of a block  U=C keys of a block  R=G*C rows of a block  I blocks
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.ops.attention.reference import MASKED, visible
+from gptoss_jax.ops.attention.reference import MASKED, sink_gradient, visible
 from gptoss_jax.ops.remat import product
 
-BLOCK_QUERIES = 128
-MAX_BLOCK_SCORES = 1 << 26  # scores of one block, 256 MiB in float32
-SPANS = 8  # of a full layer
+# Value and gradient for B=2 T=1024 N=8 K=2 H=64 in bf16, blocks of 64 / 128 / 256: full layers 65 / 51 / 42 ms, a window of 128 18 / 17 / 22 ms.
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
+MAX_SCORES = 1 << 26  # of a pair of blocks, 256 MiB in float32
+NT, NN = ((3,), (3,)), ((3,), (2,))  # contracted dims of products batched over [B, K]
 
 
-class Span(NamedTuple):
-    """Blocks `first .. first + blocks - 1`, whose runs have `keys` keys."""
-
-    first: int
-    blocks: int
-    keys: int
-
-
-class Plan(NamedTuple):
-    """`rows` queries a block; keys are padded by `lead` in front, and block i's run starts at `rows * i` of these if `slides`, else at 0."""
-
-    rows: int
-    lead: int
-    slides: bool
-    spans: tuple[Span, ...]
-
-    @property
-    def length(self) -> int:
-        return self.rows * sum(span.blocks for span in self.spans)
-
-
-def make_plan(batch: int, length: int, heads: int, window: int | None) -> Plan:
-    rows = min(BLOCK_QUERIES, max(8, length))
-    seen = length if window is None else window + rows
-    while rows > 8 and batch * heads * rows * seen > MAX_BLOCK_SCORES:
-        rows //= 2
-    blocks = -(-length // rows)
-    if window is not None:
-        return Plan(rows, window, True, (Span(0, blocks, window + rows),))
-    share = -(-blocks // SPANS)
-    spans = tuple(Span(first, min(share, blocks - first), min(first + share, blocks) * rows) for first in range(0, blocks, share))
-    return Plan(rows, 0, False, spans)
+def block_size(batch: int, length: int, heads: int, window: int | None) -> int:
+    """Tokens of a block: about the window, or the largest; a short row is a block of its own, a dense computation."""
+    block = LARGEST_BLOCK if window is None else min(max(window, SMALLEST_BLOCK), LARGEST_BLOCK)
+    while block > SMALLEST_BLOCK and batch * heads * block**2 > MAX_SCORES:
+        block //= 2
+    return min(block, length)
 
 
 def _dot(a, b, contract):
-    """Batched over the two leading dims, float32 result."""
     return lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _heads_first(x_BTNH, kv_heads: int):
-    """[B, T, K*G, H] -> [B, K, G, T, H]."""
-    batch, length, heads, head_dim = x_BTNH.shape
-    return x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-
-
-def _pad(x, axis: int, front: int, length: int, fill=0):
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (front, length - x.shape[axis])
-    return jnp.pad(x, pad, constant_values=fill)
-
-
 class _Blocks:
-    """Views of one call's arrays by block. Scores are scaled through q."""
+    """One call's arrays with heads first, padded to whole blocks, and their views by block.
 
-    def __init__(self, plan: Plan, window: int | None, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-        self.plan, self.window = plan, window
-        self.kv_heads = k_BTKH.shape[2]
-        scale = q_BTNH.shape[-1] ** -0.5
-        self.q_BKGTH = _pad(_heads_first((q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype), self.kv_heads), 3, 0, plan.length)
-        self.k_BKTH, self.v_BKTH = (_pad(x.transpose(0, 2, 1, 3), 2, plan.lead, plan.length) for x in (k_BTKH, v_BTKH))
-        # 0 .. are documents and padding of the row; -1 and -2 match nothing
-        self.query_segments_BT = _pad(segment_ids_BT, 1, 0, plan.length, -2)
-        self.key_segments_BT = _pad(segment_ids_BT, 1, plan.lead, plan.length, -1)
+    Elementwise work keeps G and C apart, [B, K, G, C, U] or transposed [B, K, U, G, C]: a mask spread over R = G*C makes it three times slower.
+    """
 
-    def queries(self, x, block, axis: int):
-        """Block's part of an array with a dim of queries."""
-        return lax.dynamic_slice_in_dim(x, block * self.plan.rows, self.plan.rows, axis)
+    def __init__(self, window, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+        self.batch, self.length, heads, self.head_dim = q_BTNH.shape
+        self.window, self.kv_heads, self.dtype = window, k_BTKH.shape[2], q_BTNH.dtype
+        self.size = block_size(self.batch, self.length, heads, window)
+        self.count = -(-self.length // self.size)
+        self.scale = self.head_dim**-0.5
+        self.q_BKGTH = self.heads_first(q_BTNH)
+        self.k_BKTH, self.v_BKTH = (self.pad(x.swapaxes(1, 2), 2) for x in (k_BTKH, v_BTKH))
+        self.segment_ids_BT = self.pad(segment_ids_BT, 1)
+
+    def pad(self, x, axis: int):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, self.count * self.size - self.length)
+        return jnp.pad(x, pad)
+
+    def heads_first(self, x_BTN):
+        """[B, T, N, ...] -> [B, K, G, T, ...], padded."""
+        return self.pad(jnp.moveaxis(x_BTN.reshape(*x_BTN.shape[:2], self.kv_heads, -1, *x_BTN.shape[3:]), 1, 3), 3)
+
+    def tokens_first(self, x_IBKGC):
+        """Blocks [I, B, K, G, C, ...] -> [B, T, N, ...]."""
+        x_BICKG = jnp.moveaxis(x_IBKGC, (1, 0, 4), (0, 1, 2))
+        return x_BICKG.reshape(self.batch, self.count * self.size, -1, *x_IBKGC.shape[5:])[:, : self.length]
+
+    def at(self, x, block, axis: int):
+        return lax.dynamic_slice_in_dim(x, block * self.size, self.size, axis)
 
     def rows(self, x_BKGTH, block):
-        """[B, K, R, H] of an array [B, K, G, T, H]."""
-        x = self.queries(x_BKGTH, block, 3)
-        return x.reshape(*x.shape[:2], -1, x.shape[-1])
+        """[B, K, R, H]."""
+        return self.at(x_BKGTH, block, 3).reshape(self.batch, self.kv_heads, -1, self.head_dim)
 
-    def start(self, block):
-        return block * self.plan.rows if self.plan.slides else 0
+    def first(self, block):
+        """The first key block that a query block sees."""
+        return 0 if self.window is None else jnp.maximum(block * self.size - (self.window - 1), 0) // self.size
 
-    def keys(self, x, block, keys: int, axis: int):
-        return lax.dynamic_slice_in_dim(x, self.start(block), keys, axis)
-
-    def mask_BCU(self, block, keys: int):
-        queries_C = block * self.plan.rows + jnp.arange(self.plan.rows)
-        keys_U = self.start(block) + jnp.arange(keys) - self.plan.lead
-        query_segments_BC = self.queries(self.query_segments_BT, block, 1)
-        key_segments_BU = self.keys(self.key_segments_BT, block, keys, 1)
-        return visible(queries_C[:, None], keys_U, query_segments_BC[:, :, None], key_segments_BU[:, None], self.window)
+    def mask_BCU(self, queries, keys):
+        index = jnp.arange(self.size)
+        query_segments_BC, key_segments_BU = (self.at(self.segment_ids_BT, block, 1) for block in (queries, keys))
+        tokens_C1, tokens_U = (queries * self.size + index)[:, None], keys * self.size + index
+        return visible(tokens_C1, tokens_U, query_segments_BC[:, :, None], key_segments_BU[:, None], self.window)
 
 
-def _split_rows(x_BKRX, rows: int):
-    """[B, K, R, ...] -> [B, K, G, C, ...]."""
-    return x_BKRX.reshape(*x_BKRX.shape[:2], -1, rows, *x_BKRX.shape[3:])
+def _forward_block(blocks: _Blocks, sinks_KG, i):
+    """Output [B, K, G, C, H] and lse [B, K, G, C] of query block i."""
+    q_BKRH = blocks.rows(blocks.q_BKGTH, i)
+    shape = (blocks.batch, *sinks_KG.shape, blocks.size)
+
+    def turn(j, carry):
+        top_BKGC, sum_BKGC, o_BKGCH = carry
+        k_BKUH, v_BKUH = (blocks.at(x, j, 2) for x in (blocks.k_BKTH, blocks.v_BKTH))
+        s_BKGCU = _dot(q_BKRH, k_BKUH, NT).reshape(*shape, -1) * blocks.scale
+        s_BKGCU = jnp.where(blocks.mask_BCU(i, j)[:, None, None], s_BKGCU, MASKED)
+        new_top_BKGC = jnp.maximum(top_BKGC, jnp.max(s_BKGCU, axis=-1))
+        p_BKGCU = jnp.exp(s_BKGCU - new_top_BKGC[..., None])
+        shrink_BKGC = jnp.exp(top_BKGC - new_top_BKGC)
+        pv_BKRH = _dot(p_BKGCU.reshape(*q_BKRH.shape[:3], -1).astype(v_BKUH.dtype), v_BKUH, NN)
+        o_BKGCH = o_BKGCH * shrink_BKGC[..., None] + pv_BKRH.reshape(o_BKGCH.shape)
+        return new_top_BKGC, sum_BKGC * shrink_BKGC + jnp.sum(p_BKGCU, axis=-1), o_BKGCH
+
+    start = jnp.broadcast_to(sinks_KG[..., None], shape), jnp.ones(shape, jnp.float32), jnp.zeros((*shape, blocks.head_dim), jnp.float32)
+    top_BKGC, sum_BKGC, o_BKGCH = lax.fori_loop(blocks.first(i), i + 1, turn, start)
+    return (o_BKGCH / sum_BKGC[..., None]).astype(blocks.dtype), top_BKGC + jnp.log(sum_BKGC)
 
 
-def _over(span: Span, function):
-    """`function(block)` for the blocks of a span; results [blocks, ...]."""
-    if span.blocks == 1:
-        return jax.tree.map(lambda x: x[None], function(span.first))
-    return lax.map(function, jnp.arange(span.first, span.first + span.blocks))
-
-
-def _forward_block(views: _Blocks, sinks_KG, keys: int, block):
-    """Output [B, K, G, C, H] and lse [B, K, G, C] of one block, float32 (XLA:CPU widens bfloat16 results of a loop, all of them at every turn)."""
-    rows = views.plan.rows
-    v_BKUH = views.keys(views.v_BKTH, block, keys, 2)
-    s_BKRU = _dot(views.rows(views.q_BKGTH, block), views.keys(views.k_BKTH, block, keys, 2), ((3,), (3,)))
-    s_BKGCU = jnp.where(views.mask_BCU(block, keys)[:, None, None], _split_rows(s_BKRU, rows), MASKED)
-    top_BKGC = jnp.maximum(jnp.max(s_BKGCU, axis=-1), sinks_KG[..., None])
-    p_BKGCU = jnp.exp(s_BKGCU - top_BKGC[..., None])
-    sum_BKGC = jnp.sum(p_BKGCU, axis=-1) + jnp.exp(sinks_KG[..., None] - top_BKGC)
-    o_BKRH = _dot(p_BKGCU.reshape(s_BKRU.shape).astype(v_BKUH.dtype), v_BKUH, ((3,), (2,)))
-    return _split_rows(o_BKRH, rows) / sum_BKGC[..., None], top_BKGC + jnp.log(sum_BKGC)
-
-
-def _backward_block(views: _Blocks, lse_BKGT, delta_BKGT, do_BKGTH, keys: int, block):
-    """dq [B, K, G, C, H], dk and dv [B, K, U, H] of one block, float32; dq not scaled yet."""
-    rows = views.plan.rows
-    q_BKRH, do_BKRH = views.rows(views.q_BKGTH, block), views.rows(do_BKGTH, block)
-    k_BKUH, v_BKUH = (views.keys(x, block, keys, 2) for x in (views.k_BKTH, views.v_BKTH))
-    # elementwise work keeps G and C apart: with the mask spread over R = G*C it is three times slower
-    by_query = lambda x_BKUR: x_BKUR.reshape(*x_BKUR.shape[:3], -1, rows)
-    of_queries = lambda x_BKGT: views.queries(x_BKGT, block, 3)[:, :, None]
-    mask_BUC = views.mask_BCU(block, keys).transpose(0, 2, 1)
-    s_BKUGC = by_query(_dot(k_BKUH, q_BKRH, ((3,), (3,))))
-    dp_BKUGC = by_query(_dot(v_BKUH, do_BKRH, ((3,), (3,))))
-    p_BKUGC = jnp.where(mask_BUC[:, None, :, None], jnp.exp(s_BKUGC - of_queries(lse_BKGT)), 0)
-    ds_BKUGC = p_BKUGC * (dp_BKUGC - of_queries(delta_BKGT))
-    p_BKUR, ds_BKUR = (x.reshape(*x.shape[:3], -1).astype(q_BKRH.dtype) for x in (p_BKUGC, ds_BKUGC))
-    dv_BKUH = _dot(p_BKUR, do_BKRH, ((3,), (2,)))
-    dk_BKUH = _dot(ds_BKUR, q_BKRH, ((3,), (2,)))
-    # the barrier keeps XLA from merging the transposes into one product whose left factor contracts its first dim
-    dq_BKHR = lax.optimization_barrier(_dot(k_BKUH.swapaxes(2, 3), ds_BKUR, ((3,), (2,))))
-    return _split_rows(dq_BKHR.swapaxes(2, 3), rows), dk_BKUH, dv_BKUH
+def _forward(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window):
+    blocks = _Blocks(window, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    sinks_KG = sinks_N.astype(jnp.float32).reshape(blocks.kv_heads, -1)
+    results = lax.map(partial(_forward_block, blocks, sinks_KG), jnp.arange(blocks.count))
+    out_BTNH, lse_BTN = product(tuple(map(blocks.tokens_first, results)))
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, out_BTNH, lse_BTN)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -169,51 +126,40 @@ def blockwise_attention(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window:
     return _forward(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window)[0]
 
 
-def _tokens_first(blocks, length: int):
-    """Blocks [., B, K, G, C, H] in order -> [B, T, N, H]."""
-    x = jnp.concatenate(blocks) if len(blocks) > 1 else blocks[0]
-    num, batch, kv_heads, group, rows, head_dim = x.shape
-    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, num * rows, kv_heads * group, head_dim)[:, :length]
-
-
-def _forward(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window):
-    batch, length, heads, _ = q_BTNH.shape
-    plan = make_plan(batch, length, heads, window)
-    views = _Blocks(plan, window, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    sinks_KG = sinks_N.astype(jnp.float32).reshape(views.kv_heads, -1)
-    outs, lses = zip(*(_over(span, partial(_forward_block, views, sinks_KG, span.keys)) for span in plan.spans))
-    out_BTNH = product(_tokens_first(outs, length).astype(q_BTNH.dtype))
-    lse_BTN = product(_tokens_first([lse[..., None] for lse in lses], length)[..., 0])
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, out_BTNH, lse_BTN)
-
-
 def _backward(window, residual, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, out_BTNH, lse_BTN = residual
-    batch, length, heads, head_dim = q_BTNH.shape
-    plan = make_plan(batch, length, heads, window)
-    views = _Blocks(plan, window, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
-    dsinks_N = -jnp.sum(jnp.exp(sinks_N.astype(jnp.float32) - lse_BTN) * delta_BTN, axis=(0, 1))
-    by_head = lambda x: _pad(_heads_first(x, views.kv_heads), 3, 0, plan.length)
-    lse_BKGT, delta_BKGT = (by_head(x[..., None])[..., 0] for x in (lse_BTN, delta_BTN))
-    do_BKGTH = by_head(do_BTNH)
+    blocks = _Blocks(window, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    delta_BTN, dsinks_N = sink_gradient(do_BTNH, out_BTNH, lse_BTN, sinks_N)
+    do_BKGTH, lse_BKGT, delta_BKGT = map(blocks.heads_first, (do_BTNH, lse_BTN, delta_BTN))
+    k_BKHT = blocks.k_BKTH.swapaxes(2, 3)
 
-    dk_BKTH = dv_BKTH = jnp.zeros(views.k_BKTH.shape, jnp.float32)
-    dqs = []
-    for span in plan.spans:
+    def queries(sums, i):
+        """Adds what query block i gives to dk and dv; its dq [B, K, G, C, H]."""
+        q_BKRH, do_BKRH = blocks.rows(blocks.q_BKGTH, i), blocks.rows(do_BKGTH, i)
+        lse_BK1GC, delta_BK1GC = (blocks.at(x, i, 3)[:, :, None] for x in (lse_BKGT, delta_BKGT))
+        by_head = lambda x_BKUR: x_BKUR.reshape(*x_BKUR.shape[:3], -1, blocks.size)
 
-        def turn(carry, block, keys=span.keys):
-            dq, dk_BKUH, dv_BKUH = _backward_block(views, lse_BKGT, delta_BKGT, do_BKGTH, keys, block)
-            start = views.start(block)
-            add = lambda x, dx: lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, start, keys, 2) + dx, start, 2)
-            return (add(carry[0], dk_BKUH), add(carry[1], dv_BKUH)), dq
+        def turn(j, carry):
+            dk_BKTH, dv_BKTH, dq_BKHR = carry
+            k_BKUH, v_BKUH = (blocks.at(x, j, 2) for x in (blocks.k_BKTH, blocks.v_BKTH))
+            mask_BUC = blocks.mask_BCU(i, j).swapaxes(1, 2)
+            s_BKUGC = by_head(_dot(k_BKUH, q_BKRH, NT)) * blocks.scale
+            p_BKUGC = jnp.exp(jnp.where(mask_BUC[:, None, :, None], s_BKUGC - lse_BK1GC, MASKED))
+            ds_BKUGC = p_BKUGC * (by_head(_dot(v_BKUH, do_BKRH, NT)) - delta_BK1GC)
+            p_BKUR, ds_BKUR = (x.reshape(*x.shape[:3], -1).astype(blocks.dtype) for x in (p_BKUGC, ds_BKUGC))
+            add = lambda x, dx: lax.dynamic_update_slice_in_dim(x, blocks.at(x, j, 2) + dx, j * blocks.size, 2)
+            dq_BKHR = dq_BKHR + _dot(blocks.at(k_BKHT, j, 3), ds_BKUR, NN)
+            return add(dk_BKTH, _dot(ds_BKUR, q_BKRH, NN)), add(dv_BKTH, _dot(p_BKUR, do_BKRH, NN)), dq_BKHR
 
-        blocks = jnp.arange(span.first, span.first + span.blocks)
-        (dk_BKTH, dv_BKTH), dq = lax.scan(turn, (dk_BKTH, dv_BKTH), blocks, unroll=span.blocks == 1)
-        dqs.append(dq)
-    dq_BTNH = (_tokens_first(dqs, length) * head_dim**-0.5).astype(q_BTNH.dtype)
-    dk_BTKH, dv_BTKH = (x[:, :, plan.lead : plan.lead + length].transpose(0, 2, 1, 3) for x in (dk_BKTH, dv_BKTH))
-    return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), dsinks_N.astype(sinks_N.dtype), None
+        dq_BKHR = jnp.zeros(q_BKRH.swapaxes(2, 3).shape, jnp.float32)
+        *sums, dq_BKHR = lax.fori_loop(blocks.first(i), i + 1, turn, (*sums, dq_BKHR))
+        dq_BKRH = (dq_BKHR.swapaxes(2, 3) * blocks.scale).astype(blocks.dtype)
+        return tuple(sums), dq_BKRH.reshape(*dq_BKRH.shape[:2], -1, blocks.size, blocks.head_dim)
+
+    zeros_BKTH = jnp.zeros(blocks.k_BKTH.shape, jnp.float32)
+    (dk_BKTH, dv_BKTH), dq_IBKGCH = lax.scan(queries, (zeros_BKTH, zeros_BKTH), jnp.arange(blocks.count))
+    dk_BTKH, dv_BTKH = (x.swapaxes(1, 2)[:, : blocks.length] for x in (dk_BKTH * blocks.scale, dv_BKTH))
+    return blocks.tokens_first(dq_IBKGCH), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), dsinks_N, None
 
 
 blockwise_attention.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Dense attention with sinks: the whole T x T array of scores, written out. Oracle of the tests, and fast for short rows."""
+"""Dense attention with sinks: the whole T x T array of scores, written out. Oracle of the tests."""
 
 import jax.numpy as jnp
 
@@ -21,6 +21,17 @@ def softmax_with_sink(scores, sinks):
     top = jnp.maximum(jnp.max(scores, axis=-1), sinks)[..., None]
     weights = jnp.exp(scores - top)
     return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks[..., None] - top))
+
+
+def sink_gradient(do_BTNH, out_BTNH, lse_BTN, sinks_N):
+    """delta = sum_h do o [B, T, N] float32, which every gradient of attention needs, and the gradient of the sinks, -sum_bt exp(sink - lse) delta.
+
+    Args:
+      lse_BTN: float32, log of the softmax's denominator, the sink included.
+    """
+    delta_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    dsinks_N = -jnp.sum(jnp.exp(sinks_N.astype(jnp.float32) - lse_BTN) * delta_BTN, axis=(0, 1))
+    return delta_BTN, dsinks_N.astype(sinks_N.dtype)
 
 
 def attention_reference(q_BTNH, k_BTKH, v_BTKH, sinks_N, segment_ids_BT, window=None):
