@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.formats import mxfp4
 from gptoss_jax.ops import grouped_matmul as package
-from gptoss_jax.ops.grouped_matmul import RowGroups, combine, dispatch, group_rows, grouped_matmul, triton
+from gptoss_jax.ops.grouped_matmul import RowGroups, combine, dispatch, group_rows, grouped_matmul, mxfp4_triton, triton
 from gptoss_jax.ops.grouped_matmul.reference import grouped_matmul_reference
 from gptoss_jax.ops.grouped_matmul.tiles import SHARED_BYTES, TILES, Tile, choose_tile
 from tests.support.triton_ir import TARGETS, lower_for_cuda
@@ -131,6 +132,42 @@ def test_blocks_and_types_that_the_kernels_cannot_take_are_refused():
         triton.forward(x.astype(jnp.bfloat16), w, bias, groups, interpret=True)
 
 
+def random_codes(outputs: int, inputs: int) -> mxfp4.Codes:
+    """Any code; scales around 1, and for expert 3 every byte there is but NaN, expert 2 has a block of NaN."""
+    rng = np.random.default_rng(3)
+    packed = rng.integers(0, 256, (E, outputs, inputs // 2), dtype=np.uint8)
+    scales = rng.integers(122, 130, (E, outputs, inputs // 32), dtype=np.uint8)
+    scales[3].flat = np.arange(scales[3].size) % 255
+    scales[2, 5, 1] = mxfp4.NAN_SCALE
+    return mxfp4.Codes(jnp.asarray(packed), jnp.asarray(scales))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_codes_give_the_bits_of_decoding_first(dtype):
+    groups = group_rows(routing("random"), E, M)
+    codes = random_codes(outputs=38, inputs=96)
+    x, _, bias, dy = operands(groups, 96, 38, dtype)
+    tile = Tile(rows=16, cols=64, depth=64, stages=2, warps=1)  # one and a half tiles of 96
+
+    @jax.jit
+    def both(x, bias, dy, codes, w):
+        options = dict(groups=groups, tile=tile, interpret=True)
+        packed = mxfp4_triton.forward(x, codes, bias, **options), mxfp4_triton.input_gradient(dy, codes, **options)
+        return packed, (triton.forward(x, w, bias, **options), triton.input_gradient(dy, w, **options))
+
+    packed, decoded = both(x, bias, dy, codes, mxfp4.decode(codes, jnp.dtype(dtype)))
+    for got, want in zip(packed, decoded):
+        assert got.dtype == dtype and np.isfinite(np.asarray(got, np.float32)).any() and np.isnan(np.asarray(got, np.float32)).any()
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+def test_codes_beyond_32_bit_offsets_are_refused():
+    groups = group_rows(routing("random"), E, M)
+    codes = mxfp4.Codes(abstract(300, 5760, 1440, dtype="uint8"), abstract(300, 5760, 90, dtype="uint8"))
+    with pytest.raises(ValueError, match="split the experts"):
+        mxfp4_triton.input_gradient(abstract(groups.assignment_P.shape[0], 5760), codes, groups)
+
+
 # ---- lowering and tiles ---------------------------------------------------------------------------------------------------------
 def abstract(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -162,6 +199,16 @@ def test_products_of_gpt_oss_lower_to_valid_triton_programs(experts, outputs, dt
             assert "tt.dot" in program and "scf.for" in program
             if (experts, outputs, dtype) == (128, 5760, "float32"):  # weights of 8.5e9 bytes
                 assert "muli" in program and "xi64>" in program
+
+
+@pytest.mark.parametrize("experts", [32, 128])
+def test_products_with_packed_codes_lower_to_valid_triton_programs(experts):
+    (_, _, (x, _, bias, groups)), (_, _, (dy, _, _)), _ = real_products(experts, 5760, 2880, "bfloat16")
+    codes = mxfp4.Codes(abstract(experts, 5760, 1440, dtype="uint8"), abstract(experts, 5760, 90, dtype="uint8"))
+    for function, arguments in ((mxfp4_triton.forward, (x, codes, bias, groups)), (mxfp4_triton.input_gradient, (dy, codes, groups))):
+        text, programs = lower_for_cuda(function, *arguments)
+        assert any(target in text for target in TARGETS)
+        assert all("tt.dot" in program and "tt.join" in program for program in programs)
 
 
 def test_float32_products_are_exact_where_highest_precision_is_asked():

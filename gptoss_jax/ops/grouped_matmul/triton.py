@@ -5,19 +5,19 @@
     weight_gradient  dw[e] = sum over e's rows of dy.T @ x       a program takes a tile of one expert's matrix and loops over its rows
                      dbias[e] = sum over e's rows of dy          by the programs of the first column of tiles
 
-Operands are read where they lie, through arrays of indices: no copy, no transposed weights, no padding; masks exist only where a size is no multiple of
-the tile. Programs of unused blocks take no turn of the loop and write zeros. A matrix of one expert is summed by one program in a fixed order:
+Operands are read where they lie, through arrays of indices: no copy, no transposed weights, no padding; masks exist only where a size is no multiple
+of the tile. Programs of unused blocks take no turn of the loop and write zeros. A matrix of one expert is summed by one program in a fixed order:
 nothing is added atomically, results are the same bit for bit in every run. Sums are float32. Products of float32 arrays follow
 `jax_default_matmul_precision`: TF32 by default, as everywhere in JAX, IEEE float32 at "highest".
 
-Reuse in the L2 cache: forward and input gradient number their programs so that GROUP_BLOCKS row tiles take the same tile of outputs, one after the other,
-before the next tile of outputs comes. Tiles of weights are thus read once for all those rows (mostly of one expert) while the rows, 6 MB for 8 blocks
-of 128 x 2880 bf16, stay in the cache (50 MB on H100). Programs of the weight gradient go through one expert's matrix before the next expert: its rows
-stay in the cache.
+Reuse in the L2 cache: forward and input gradient number their programs so that GROUP_BLOCKS row tiles take the same tile of outputs, one after the
+other, before the next tile of outputs comes. Tiles of weights are thus read once for all those rows (mostly of one expert) while the rows, 6 MB for
+8 blocks of 128 x 2880 bf16, stay in the cache (50 MB on H100). Programs of the weight gradient go through one expert's matrix before the next
+expert: its rows stay in the cache.
 
-Offsets: the gate_up weights of gpt-oss-120b have 128 * 5760 * 2880 = 2.1e9 elements, 1 % below 2^31. Expert, row and column numbers are 32 bit and enter
-the address separately; the lowering multiplies and adds them in 64 bits if the array has more than 2^32 bytes, and below that an element's number fits
-31 bits since it has two bytes or more (packed codes have one: `mxfp4_triton` checks them).
+Offsets: the gate_up weights of gpt-oss-120b have 128 * 5760 * 2880 = 2.1e9 elements, 1 % below 2^31. Expert, row and column numbers are 32 bit and
+enter the address separately; the lowering multiplies and adds them in 64 bits if the array has more than 2^32 bytes, and below that an element's
+number fits 31 bits since it has two bytes or more (packed codes have one: `mxfp4_triton` checks them).
 
 Legend: P slots  G blocks  M rows of a block  E experts  N outputs  K inputs;  of a tile: R rows  C columns  D depth
 """
@@ -41,23 +41,31 @@ NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))  # contracted dims of a pr
 
 
 class Span(NamedTuple):
-    """Neighbouring indices of a dim [X]; which of them exist, None if all do."""
+    """`length` neighbouring indices, from `start` on, of a dim of `size`."""
 
-    index: jax.Array
-    exists: jax.Array | None = None
+    start: jax.Array | int
+    length: int
+    size: int
 
+    def index(self) -> jax.Array:
+        return self.start + jnp.arange(self.length, dtype=jnp.int32)
 
-def span(start, length: int, size: int) -> Span:
-    index = start + jnp.arange(length, dtype=jnp.int32)
-    return Span(index, None if size % length == 0 else index < size)
+    def exists(self) -> jax.Array | None:
+        """Which of them the dim has; None if it has all, known by its size (and spans that start at multiples of their length)."""
+        return None if self.size % self.length == 0 else self.index() < self.size
+
+    def groups(self, width: int) -> "Span":
+        """Of the same dim, `width` elements in one."""
+        return Span(lax.div(self.start, jnp.int32(width)), self.length // width, self.size // width)
 
 
 def place(ref, lead: tuple, rows: Span, cols: Span):
     """The elements at rows x cols of the matrix `lead` of ref, and the mask of those that exist (None if all do)."""
-    mask = None if rows.exists is None else rows.exists[:, None]
-    if cols.exists is not None:
-        mask = cols.exists[None] if mask is None else mask & cols.exists[None]
-    return ref.at[(*lead, rows.index[:, None], cols.index[None])], mask
+    rows_exist, cols_exist = rows.exists(), cols.exists()
+    mask = None if rows_exist is None else rows_exist[:, None]
+    if cols_exist is not None:
+        mask = cols_exist[None] if mask is None else mask & cols_exist[None]
+    return ref.at[(*lead, rows.index()[:, None], cols.index()[None])], mask
 
 
 def load(ref, lead: tuple, rows: Span, cols: Span):
@@ -75,8 +83,8 @@ def dot(a, b, contract):
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def load_weight(refs, expert, rows: Span, cols: Span):
-    """A tile of the expert's matrix; `refs` is what holds it, here one array [E, N, K]."""
+def load_weight(refs, expert, rows: Span, cols: Span, dtype):
+    """A tile of the expert's matrix; `refs` begin with what holds it, here one array [E, N, K] of the dtype."""
     return load(refs[0], (expert,), rows, cols)
 
 
@@ -107,29 +115,29 @@ def _product_kernel(experts_ref, num_blocks_ref, x_ref, *refs, static: Product):
     row_tile, col_tile = static.row_and_col_tile(pl.program_id(0))
     block = lax.div(row_tile * tile.rows, jnp.int32(static.block_rows))
     expert, is_used = experts_ref[block], block < num_blocks_ref[0]
-    rows, cols = span(row_tile * tile.rows, tile.rows, x_ref.shape[0]), span(col_tile * tile.cols, tile.cols, static.outputs)
+    rows, cols = Span(row_tile * tile.rows, tile.rows, x_ref.shape[0]), Span(col_tile * tile.cols, tile.cols, static.outputs)
 
     def turn(i, sum_RC):
-        deep = span(i * tile.depth, tile.depth, static.inputs)
+        deep = Span(i * tile.depth, tile.depth, static.inputs)
         x_RD = load(x_ref, (), rows, deep)
         if static.outputs_first:
-            return sum_RC + dot(x_RD, static.load_weight(refs, expert, cols, deep).astype(x_RD.dtype), NT)
-        return sum_RC + dot(x_RD, static.load_weight(refs, expert, deep, cols).astype(x_RD.dtype), NN)
+            return sum_RC + dot(x_RD, static.load_weight(refs, expert, cols, deep, x_RD.dtype), NT)
+        return sum_RC + dot(x_RD, static.load_weight(refs, expert, deep, cols, x_RD.dtype), NN)
 
     turns = is_used.astype(jnp.int32) * pl.cdiv(static.inputs, tile.depth)
     y_RC = lax.fori_loop(0, turns, turn, jnp.zeros((tile.rows, tile.cols), jnp.float32))
     if static.has_bias:
-        bias_1C = load(refs[-2], (), Span(jnp.full(1, expert)), cols).astype(jnp.float32)
+        bias_1C = load(refs[-2], (), Span(expert, 1, refs[-2].shape[0]), cols).astype(jnp.float32)
         y_RC = jnp.where(is_used, y_RC + bias_1C, 0)  # a bias of NaN stays out of the unused blocks
     store(y_ref, (), rows, cols, y_RC)
 
 
 def _weight_kernel(first_ref, sizes_ref, dy_ref, x_ref, dw_ref, dbias_ref, *, tile: Tile):
     expert, outputs, inputs = pl.program_id(2), *dw_ref.shape[1:]
-    outs, ins = span(pl.program_id(1) * tile.rows, tile.rows, outputs), span(pl.program_id(0) * tile.cols, tile.cols, inputs)
+    outs, ins = Span(pl.program_id(1) * tile.rows, tile.rows, outputs), Span(pl.program_id(0) * tile.cols, tile.cols, inputs)
     first = first_ref[expert]
     turns = lax.div(sizes_ref[expert] + (tile.depth - 1), jnp.int32(tile.depth))  # rows of padding beyond the last step are zero
-    rows_of = lambda i: span(first + i * tile.depth, tile.depth, x_ref.shape[0])
+    rows_of = lambda i: Span(first + i * tile.depth, tile.depth, x_ref.shape[0])
 
     def turn(i, sum_RC):
         rows = rows_of(i)
@@ -141,7 +149,7 @@ def _weight_kernel(first_ref, sizes_ref, dy_ref, x_ref, dw_ref, dbias_ref, *, ti
     def _():
         add = lambda i, sum_DR: sum_DR + load(dy_ref, (), rows_of(i), outs).astype(jnp.float32)
         dbias_R = jnp.sum(lax.fori_loop(0, turns, add, jnp.zeros((tile.depth, tile.rows), jnp.float32)), axis=0)
-        store(dbias_ref, (), Span(jnp.full(1, expert)), outs, dbias_R[None])
+        store(dbias_ref, (), Span(expert, 1, dbias_ref.shape[0]), outs, dbias_R[None])
 
 
 def fit(tile: Tile | None, dtype, block_rows: int, **at_most: int) -> Tile:
@@ -162,7 +170,7 @@ def _check_dtypes(**arrays):
         raise TypeError(f"operands of the Triton grouped matmul must be of one float type of 16 or 32 bits, not {dtypes}")
 
 
-def product(x_PK, weights: tuple, sizes: tuple[int, int], groups: RowGroups, *, bias_EN=None, outputs_first: bool, load_weight, tile, interpret: bool):
+def product(x_PK, weights: tuple, sizes: tuple[int, int], groups: RowGroups, *, outputs_first, load_weight, tile, interpret, bias_EN=None):
     """`y_PN` in the dtype of x; `weights` are the arrays that `load_weight` reads tiles of, sizes (outputs, inputs) of the product."""
     outputs, inputs = sizes
     tile = fit(tile, x_PK.dtype, groups.block_rows, rows=groups.block_rows)
