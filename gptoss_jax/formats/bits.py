@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 EXP_SHIFT = 23  # float32 mantissa bits
 MIN_NORMAL = 1 << EXP_SHIFT  # bits of 2**-126, the smallest normal float32
@@ -33,6 +33,16 @@ def from_bits(bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 def magnitude(bits: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     """Bits of |x|."""
     return bits & 0x7FFFFFFF
+
+
+def block_maximum(bits: Int32[Array, "*batch C Q"]) -> Int32[Array, "*batch C 1"]:
+    """Largest magnitude of each block.
+
+    The sign is shifted out and unsigned order made signed; the maximum of `bits & 0x7FFFFFFF` says the same, but LLVM turns that loop over 32
+    float32 into code that takes 0.285 ns per element on two cores (AVX-512), and this one into 0.086.
+    """
+    keys = (bits << 1) ^ jnp.int32(-(2**31))
+    return lax.shift_right_logical(jnp.max(keys, axis=-1, keepdims=True) ^ jnp.int32(-(2**31)), 1)
 
 
 def normalized(mag: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
@@ -62,14 +72,14 @@ def join_blocks(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def pack(codes: UInt8[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
+def pack(codes: UInt8[Array, "*batch n"] | UInt32[Array, "*batch n"]) -> UInt8[Array, "*batch n_half"]:
     """Two codes per byte, the even element in the low nibble (the order of the MXFP4 files): low + 16 * high.
 
     As a sum over pairs XLA keeps it in one vectorized loop; two strided slices cost 10x the whole encoding on a CPU (9.7 against 0.6 ns
-    per element).
+    per element). Codes that come as uint32 save the narrowing of each (0.22 against 0.29 ns for the whole encoding).
     """
-    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-    return jnp.sum(pairs * jnp.array([1, 16], jnp.uint8), axis=-1, dtype=jnp.uint8)
+    pairs = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return jnp.sum(pairs << jnp.array([0, 4], jnp.uint32), axis=-1, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def unpack(packed: UInt8[Array, "*batch n_half"]) -> UInt8[Array, "*batch n"]:

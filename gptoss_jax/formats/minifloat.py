@@ -11,7 +11,7 @@ E2M1 code = sign << 3 | index, values of the indices 0 .5 1 1.5 2 3 4 6; no infi
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8, UInt32
 
 from gptoss_jax.formats.bits import EXP_SHIFT, from_bits
 
@@ -47,7 +47,7 @@ def e2m1_doubled(index: Int32[Array, "*s"]) -> Int32[Array, "*s"]:
     return jnp.where(index < 2, index, (2 + (index & 1)) << ((index >> 1) - (index > 1)))
 
 
-def e2m1_value(codes: UInt8[Array, "*s"]) -> Float32[Array, "*s"]:
+def e2m1_value(codes: UInt8[Array, "*s"] | UInt32[Array, "*s"]) -> Float32[Array, "*s"]:
     """Values of E2M1 codes 0..15, -0 included. The bits above 1 are `index + 252` shifted: half a binade per index."""
     index = (codes & 7).astype(jnp.int32)
     mag = jnp.where(index < 2, index * (126 << EXP_SHIFT), (index + 252) << (EXP_SHIFT - 1))

@@ -1,10 +1,10 @@
 """MXFP4 (OCP MX v1.0): blocks of 32 E2M1 codes along the last dim with one E8M0 scale.
 
-    encode: |x| bits -> block maximum (integer max) -> scale byte b (scale_rules) -> bits of |x| * 2**(127-b) -> nearest E2M1, ties to even
+    encode: |x| bits -> block maximum (integer max) -> scale byte b (scale_rules) -> nearest of code value * 2**(b-127), ties to even
     decode: code value * 2**(b-127)
 
-Everything happens on integer bits but one IEEE addition that rounds (minifloat), so eager, jit, CPU, GPU and any sharding give the same
-bytes, subnormals included. Facts of the format:
+Everything happens on integer bits (block_grid), so eager, jit, CPU, GPU and any sharding give the same bytes, subnormals included. Facts of
+the format:
 
 - every finite decoded value of bytes 0..252 is exact in float32 and bfloat16 (subnormals from bytes 0 and 1); at byte 253 the
   magnitudes 4 and 6, at byte 254 those from 2 on, exceed float32 and decode to infinity; byte 255 decodes to NaN throughout;
@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
 
 from gptoss_jax.formats import bits as fb
-from gptoss_jax.formats.minifloat import e2m1_index
+from gptoss_jax.formats.block_grid import nearest_index, nearest_value_bits, value_bits
 from gptoss_jax.formats.scale_rules import SCALE_RULES, scaled_bits
 
 BLOCK_SIZE = 32
@@ -95,63 +95,64 @@ def encode_decode(x: Float[Array | np.ndarray, "*batch n"], scale_rule: str, com
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _encode(x, scale_rule, compat):
-    codes, scales = _encode_unpacked(x, scale_rule, compat)
-    return Codes(fb.pack(codes), scales)
+    blocks = _scaled_blocks(x, scale_rule)
+    return Codes(fb.pack(fb.join_blocks(_codes(blocks, compat))), blocks.scales)
 
 
 @partial(jax.jit, static_argnums=1)
 def _decode(q, dtype):
-    return _decode_unpacked(fb.unpack(q.packed), q.scales, dtype)
+    return _from_value_bits(_value_bits(fb.split_blocks(fb.unpack(q.packed), BLOCK_SIZE), q.scales), dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _encode_decode(x, scale_rule, compat, dtype):
-    codes, scales = _encode_unpacked(x, scale_rule, compat)
-    return _decode_unpacked(codes, scales, dtype), Codes(fb.pack(codes), scales)
+    blocks = _scaled_blocks(x, scale_rule)
+    codes = _codes(blocks, compat)
+    if compat:
+        values = _value_bits(codes, blocks.scales)
+    else:
+        values = nearest_value_bits(blocks.bits, blocks.finite_scales, blocks.is_finite)
+    return _from_value_bits(values, dtype), Codes(fb.pack(fb.join_blocks(codes)), blocks.scales)
 
 
-def _encode_unpacked(x: Float[Array, "*batch n"], scale_rule: str, compat: str | None) -> tuple[UInt8[Array, "*batch n"], UInt8[Array, "*batch C"]]:
-    """One code per byte, and the scales."""
-    x_bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
-    mag = fb.magnitude(x_bits)
-    amax = jnp.max(mag, axis=-1, keepdims=True)
+class _Blocks(NamedTuple):
+    bits: Int32[Array, "*batch C Q"]
+    finite_scales: Int32[Array, "*batch C 1"]  # what the scale rule says; meaningless where the block is not finite
+    is_finite: Bool[Array, "*batch C 1"]
+    scales: UInt8[Array, "*batch C"]
+
+
+def _scaled_blocks(x: Float[Array, "*batch n"], scale_rule: str) -> _Blocks:
+    bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
+    amax = fb.block_maximum(bits)
     is_finite = amax < fb.INF
-    scales = SCALE_RULES[scale_rule](mag, amax)
-    y_bits = scaled_bits(mag, scales)
-    index, sign = (_modelopt_index_sign if compat else _index_sign)(x_bits, mag, y_bits)
-    codes = (jnp.where(is_finite, index, 0) | sign).astype(jnp.uint8)
-    scales = jnp.where(is_finite, scales, NAN_SCALE).astype(jnp.uint8)
-    return fb.join_blocks(codes), scales[..., 0]
+    finite_scales = SCALE_RULES[scale_rule](fb.magnitude(bits), amax)
+    return _Blocks(bits, finite_scales, is_finite, jnp.where(is_finite, finite_scales, NAN_SCALE).astype(jnp.uint8)[..., 0])
 
 
-def _index_sign(x_bits, mag, y_bits):
-    return e2m1_index(y_bits), (x_bits >> 28) & 8
+def _codes(blocks: _Blocks, compat: str | None) -> UInt32[Array, "*batch C Q"]:
+    if compat:
+        return _modelopt_codes(blocks)
+    index = nearest_index(blocks.bits, blocks.finite_scales, blocks.is_finite)
+    return index | ((blocks.bits.astype(jnp.uint32) >> 28) & 8)
 
 
-def _modelopt_index_sign(x_bits, mag, y_bits):
-    index = sum((y_bits > midpoint).astype(jnp.int32) for midpoint in _MIDPOINTS)
+def _modelopt_codes(blocks: _Blocks) -> UInt32[Array, "*batch C Q"]:
+    mag = fb.magnitude(blocks.bits)
+    y_bits = scaled_bits(mag, blocks.finite_scales)
+    index = sum((y_bits > midpoint).astype(jnp.uint32) for midpoint in _MIDPOINTS)
     quotient_is_zero = (mag == 0) | (y_bits <= -23 << fb.EXP_SHIFT)  # float32 rounds 2**-150 and less to 0
-    return index, jnp.where((x_bits < 0) | quotient_is_zero, 8, 0)
+    return jnp.where(blocks.is_finite, index, 0) | jnp.where((blocks.bits < 0) | quotient_is_zero, jnp.uint32(8), 0)
 
 
-def _decode_unpacked(codes: UInt8[Array, "*batch n"], scales: UInt8[Array, "*batch C"], dtype) -> Float[Array, "*batch n"]:
-    codes = fb.split_blocks(codes, BLOCK_SIZE)
-    bits21 = fb.join_blocks(_value_bits21(codes, scales[..., None].astype(jnp.int32)))
+def _value_bits(codes: UInt8[Array, "*batch C Q"] | UInt32[Array, "*batch C Q"], scales: UInt8[Array, "*batch C"]) -> UInt32[Array, "*batch C Q"]:
+    scales = scales[..., None].astype(jnp.int32)
+    return value_bits(codes, scales, scales == NAN_SCALE)
+
+
+def _from_value_bits(bits: UInt32[Array, "*batch C Q"], dtype) -> Float[Array, "*batch n"]:
+    """The low 16 bits are zero, so bfloat16 is the upper half."""
+    bits = fb.join_blocks(bits)
     if dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type((bits21 << 5).astype(jnp.uint16), jnp.bfloat16)
-    return fb.from_bits(bits21 << 21).astype(dtype)
-
-
-def _value_bits21(codes: UInt8[Array, "*batch C Q"], scale: Int32[Array, "*batch C 1"]) -> Int32[Array, "*batch C Q"]:
-    """float32 bits of the values, without their 21 low bits, which are zero for every value (sign in bit 10).
-
-    `b` is the sum of the exponent fields of code value and scale, as if float32 had exponents below 1. There (bytes 0 and 1 only), the
-    significand shifts right by one place per missing exponent; written in units of 2**21 that is the largest of three lines,
-    since the bits of a float grow by 4, 2, 1 units per half binade in the normals and the first two subnormal binades.
-    """
-    index = (codes & 7).astype(jnp.int32)
-    b = 2 * (jnp.where(index < 2, -2, index - 2) + 2 * scale)
-    mag = jnp.maximum(b, 2 + jnp.maximum(b >> 1, b >> 2))
-    mag = jnp.where(index == 0, 0, jnp.minimum(mag, fb.INF >> 21))
-    mag = jnp.where(scale == NAN_SCALE, 0x7FC00000 >> 21, mag)
-    return mag | ((codes.astype(jnp.int32) & 8) << 7)
+        return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int32, UInt8, UInt32
 
 from gptoss_jax.formats import bits as fb
 from gptoss_jax.formats.minifloat import E2M1_MAX, E4M3_NAN, e2m1_index, e2m1_value, e4m3_byte, e4m3_value
@@ -109,13 +109,13 @@ def _encode_decode(x, global_scale, dtype):
 
 def _encode_unpacked(
     x: Float[Array, "*batch n"], global_scale: str
-) -> tuple[UInt8[Array, "*batch n"], Float8e4m3fn[Array, "*batch C"], Float32[Array, "*matrices"]]:
-    """One code per byte, block scales and global scales."""
+) -> tuple[UInt32[Array, "*batch n"], Float8e4m3fn[Array, "*batch C"], Float32[Array, "*matrices"]]:
+    """Codes, block scales and global scales."""
     x_bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
     mag = fb.magnitude(x_bits)
+    amax_block = fb.block_maximum(x_bits)
     matrix_dims = tuple(range(max(mag.ndim - 3, 0), mag.ndim))
-    amax = jnp.max(jnp.where(mag < fb.INF, mag, 0), axis=matrix_dims, keepdims=True)
-    amax_block = jnp.max(mag, axis=-1, keepdims=True)
+    amax = jnp.max(fb.block_maximum(jnp.where(mag < fb.INF, x_bits, 0)), axis=matrix_dims, keepdims=True)
     if global_scale == "pow2":
         g, byte = _pow2_scales(amax, amax_block)
     else:
@@ -130,7 +130,7 @@ def _encode_unpacked(
         index = e2m1_index(_quotient_bits(mag, lax.bitcast_convert_type(step, jnp.int32)))
         index = jnp.where(amax_block < fb.INF, index, 0)
         sign = jnp.where(mag == 0, 0, (x_bits >> 28) & 8)
-    codes = fb.join_blocks((index | sign).astype(jnp.uint8))
+    codes = fb.join_blocks((index | sign).astype(jnp.uint32))
     scales = lax.bitcast_convert_type(byte[..., 0], jnp.float8_e4m3fn)
     return codes, scales, g.reshape(x.shape[:-2])
 
@@ -192,7 +192,10 @@ def _nearest_by_products(a: Float32[Array, "..."], step: Float32[Array, "..."]) 
 
 
 def _decode_unpacked(
-    codes: UInt8[Array, "*batch n"], scales: Float8e4m3fn[Array, "*batch C"], global_scale: Float32[Array, "*matrices"], dtype
+    codes: UInt8[Array, "*batch n"] | UInt32[Array, "*batch n"],
+    scales: Float8e4m3fn[Array, "*batch C"],
+    global_scale: Float32[Array, "*matrices"],
+    dtype,
 ) -> Float[Array, "*batch n"]:
     step = e4m3_value(lax.bitcast_convert_type(scales, jnp.uint8))
     step = step * global_scale.reshape(*global_scale.shape, *[1] * (step.ndim - global_scale.ndim))

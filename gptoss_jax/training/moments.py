@@ -10,8 +10,9 @@ Rounding between two neighbours is stochastic and unbiased in x: at b2 = 0.999 a
 of 8 bits, and with plain rounding would stand still. No positive second moment gets code 0: a zero under a first moment that is not zero would be
 divided by eps. (Blockwise 8-bit moments: Dettmers et al. 2021, arXiv:2110.02861, there with a table and plain rounding.)
 
-Factored: `optax.scale_by_factored_rms` (Adafactor, arXiv:1804.04235) keeps the row and column means of g^2, with Adam's decay b2 and bias correction
-instead of its own schedule. It divides before the first moment is taken, and clips the root mean square of an update per parameter to 1.
+Factored (`Factored`, second moment): only the means r of rows and c of columns over the last two dimensions are kept, v_ij ~ r_i c_j / mean(r)
+(Adafactor, arXiv:1804.04235). The mean of what is decoded is what is stored, so both are Adam's running means with its decay and bias correction.
+`optax.scale_by_factored_rms` is not used: it divides before the first moment is taken, and the nano model's SFT loss stayed higher (LOG.md).
 
 Stacked parameters below `MIN_SIZE` elements keep float32 moments in every mode; in a released model these are the sinks and router biases.
 
@@ -110,6 +111,30 @@ class Int8:
         return 127 if self.signed else 255
 
 
+class Factors(NamedTuple):
+    """Means over the last dimension [..., n, 1] and over the one before it [..., 1, m]."""
+
+    rows: Float[Array, "..."]
+    columns: Float[Array, "..."]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """[..., n, m] as the outer product of its means."""
+
+    def zeros(self, shape):
+        return Factors(jnp.zeros((*shape[:-1], 1), jnp.float32), jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32))
+
+    def split(self, x):
+        return x
+
+    def encode(self, x, bits):
+        return Factors(jnp.mean(x, axis=-1, keepdims=True), jnp.mean(x, axis=-2, keepdims=True))
+
+    def decode(self, stored):
+        return stored.rows * _reciprocal(jnp.mean(stored.rows, axis=-2, keepdims=True)) * stored.columns
+
+
 def _power(x, power: int):
     return x * x if power == 2 else (x * x) * (x * x)
 
@@ -128,11 +153,12 @@ def block_size(size: int) -> int | None:
 
 def storage(kind: str, moment: str, shape: tuple[int, ...]) -> Storage:
     """Storage of one moment ("mu" or "nu") of a parameter of this shape."""
-    if math.prod(shape) < MIN_SIZE or kind == "float32" or (kind == "int8" and block_size(shape[-1]) is None):
+    unfit = (kind == "factored" and len(shape) < 2) or (kind == "int8" and block_size(shape[-1]) is None)
+    if kind == "float32" or unfit or math.prod(shape) < MIN_SIZE:
         return Plain(jnp.float32)
-    if kind == "bfloat16":
-        return Plain(jnp.bfloat16)
-    return {"mu": Int8(power=2, signed=True), "nu": Int8(power=4, signed=False)}[moment]
+    if kind == "int8":
+        return Int8(power=2, signed=True) if moment == "mu" else Int8(power=4, signed=False)
+    return {"bfloat16": Plain(jnp.bfloat16), "factored": Factored()}[kind]
 
 
 def _advance(kind: str, moment: str, decay: float, order: int, bits: Bits, values, stored, count, finite):
@@ -144,7 +170,7 @@ def _advance(kind: str, moment: str, decay: float, order: int, bits: Bits, value
         encoded = store.encode(moved, lambda shape, name=name: bits(name, moment, count, shape))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), encoded, stored[name])
         new[name] = lax.optimization_barrier(kept)
-        read[name] = store.decode(new[name]).reshape(value.shape)
+        read[name] = jnp.broadcast_to(store.decode(new[name]), store.split(value).shape).reshape(value.shape)
     return new, read
 
 
@@ -167,30 +193,3 @@ def scale_by_adam(b1: float, b2: float, eps: float, first: str, second: str, bit
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scale_by_factored_adam(b1: float, b2: float, first: str, bits: Bits) -> optax.GradientTransformationExtraArgs:
-    """Factored second moment, then the first moment of what it scaled."""
-    # b2_t = b2 (1 - b2^(t-1)) / (1 - b2^t): the running mean with bias correction built in
-    decay = lambda step, b2: b2 * (1 - b2**step) / (1 - b2 ** (step + 1.0))
-    # where a dimension is shorter than 128 the whole second moment is kept
-    rms = optax.chain(optax.scale_by_factored_rms(decay_rate=b2, decay_rate_fn=decay), optax.clip_by_block_rms(1.0))
-
-    def init(params):
-        return rms.init(params), optax.EmaState(jnp.int32(0), _zeros(first, "mu", params))
-
-    def update(grads, state, params=None, *, finite=True, **_):
-        scaled, factors = rms.update(grads, state[0], params)
-        factors = jax.tree.map(lambda new, old: jnp.where(finite, new, old), factors, state[0])
-        count = state[1].count + jnp.asarray(finite, jnp.int32)
-        mu, m = _advance(first, "mu", b1, 1, bits, scaled, state[1].ema, count, finite)
-        return {name: value / (1 - b1**count) for name, value in m.items()}, (factors, optax.EmaState(count, mu))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scale_by_moments(b1: float, b2: float, eps: float, first: str, second: str, bits: Bits) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a pair of storage kinds: first float32, bfloat16 or int8; second float32, int8 or factored."""
-    if second == "factored":
-        return scale_by_factored_adam(b1, b2, first, bits)
-    return scale_by_adam(b1, b2, eps, first, second, bits)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
-from gptoss_jax.training.moments import scale_by_moments
+from gptoss_jax.training.moments import scale_by_adam
 from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, random_bits, rounding_key, stochastic_round
 
 # names that weight decay never touches
@@ -108,7 +108,7 @@ def make_optimizer(config: TrainConfig, names: Iterable[str]) -> Optimizer:
     def bits(name, moment, count, shape):
         return random_bits(rounding_key(config.seed, count, f"{name}.{moment}"), shape)
 
-    chain = [scale_by_moments(settings.b1, settings.b2, settings.eps, settings.first_moment, settings.second_moment, bits)]
+    chain = [scale_by_adam(settings.b1, settings.b2, settings.eps, settings.first_moment, settings.second_moment, bits)]
     if settings.weight_decay:
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask={name: decays(name) for name in trained}))
     schedule = cosine_schedule(config.schedule, settings.learning_rate, config.steps)

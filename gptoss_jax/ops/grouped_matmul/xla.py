@@ -62,14 +62,32 @@ def dot(a, b, contract):
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
+def bits(x):
+    """bfloat16 as uint16, which the loops below cut and write instead; other dtypes as they are.
+
+    XLA:CPU has no bfloat16 slices: it widens the whole array to float32 to cut one out, and the whole array at every turn to write one.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def values(x):
+    """Inverse of `bits`; no other array here is uint16."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def of_expert(w_EXX, e):
+    """`w_EXX[e]` of bits."""
+    return values(lax.dynamic_index_in_dim(w_EXX, e, keepdims=False))
+
+
 def over_pieces(groups: RowGroups, body, carry):
-    """`carry = body(carry, expert, take, put)` for every piece; `take(x)` reads the piece's rows of x, `put(x, rows)` writes them."""
+    """`carry = body(carry, expert, take, put)` for every piece: `take(x)` reads the piece's rows of x, `put(x, rows)` writes them; both on bits."""
     for pieces in cut(groups):
 
         def turn(j, carry, pieces=pieces):
             start = pieces.start_J[j]
-            take = lambda x: lax.dynamic_slice_in_dim(x, start, pieces.rows)
-            put = lambda x, rows: lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, 0)
+            take = lambda x: values(lax.dynamic_slice_in_dim(x, start, pieces.rows))
+            put = lambda x, rows: lax.dynamic_update_slice_in_dim(x, bits(rows.astype(values(x).dtype)), start, 0)
             return body(carry, pieces.expert_J[j], take, put)
 
         carry = lax.fori_loop(0, pieces.count, turn, carry)
@@ -78,22 +96,25 @@ def over_pieces(groups: RowGroups, body, carry):
 
 def forward(x_PK, w_ENK, bias_EN, groups: RowGroups):
     """y_PN in the dtype of x."""
+    x_bits_PK, w_bits_ENK = bits(x_PK), bits(w_ENK)
 
     def body(y_PN, e, take, put):
-        return put(y_PN, dot(take(x_PK), w_ENK[e], ((1,), (1,))) + bias_EN[e].astype(jnp.float32))
+        return put(y_PN, dot(take(x_bits_PK), of_expert(w_bits_ENK, e), ((1,), (1,))) + bias_EN[e].astype(jnp.float32))
 
-    return over_pieces(groups, body, jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))
+    return values(over_pieces(groups, body, bits(jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))))
 
 
 def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
     """(dx_PK in the dtype of dy, dw_ENK float32, dbias_EN float32)."""
+    dy_bits_PN, x_bits_PK, w_bits_ENK = bits(dy_PN), bits(x_PK), bits(w_ENK)
 
     def body(carry, e, take, put):
         dx_PK, dw_ENK, dbias_EN = carry
-        dy_MN = take(dy_PN)
-        dx_PK = put(dx_PK, dot(dy_MN, w_ENK[e], ((1,), (0,))))
-        dw_ENK = dw_ENK.at[e].add(dot(dy_MN, take(x_PK), ((0,), (0,))))
+        dy_MN = take(dy_bits_PN)
+        dx_PK = put(dx_PK, dot(dy_MN, of_expert(w_bits_ENK, e), ((1,), (0,))))
+        dw_ENK = dw_ENK.at[e].add(dot(dy_MN, take(x_bits_PK), ((0,), (0,))))
         return dx_PK, dw_ENK, dbias_EN.at[e].add(jnp.sum(dy_MN, axis=0, dtype=jnp.float32))
 
-    start = jnp.zeros(x_PK.shape, dy_PN.dtype), jnp.zeros(w_ENK.shape, jnp.float32), jnp.zeros(w_ENK.shape[:2], jnp.float32)
-    return over_pieces(groups, body, start)
+    start = bits(jnp.zeros(x_PK.shape, dy_PN.dtype)), jnp.zeros(w_ENK.shape, jnp.float32), jnp.zeros(w_ENK.shape[:2], jnp.float32)
+    dx_PK, dw_ENK, dbias_EN = over_pieces(groups, body, start)
+    return values(dx_PK), dw_ENK, dbias_EN
