@@ -27,7 +27,7 @@ from gptoss_jax.ops.remat import product
 # Value and gradient for B=2 T=1024 N=8 K=2 H=64 in bf16 on 2 cores, blocks of 64 / 128 / 256: full layers 65 / 51 / 42 ms, a window of 128
 # 18 / 17 / 22 ms. One block is a dense computation, and the dense reference takes twice as long on it (B=8 T=128 H=32: 7.8 against 3.0 ms).
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
-MAX_SCORES = 1 << 21  # of a pair of blocks, 8 MiB in float32. With 16 MiB, B=8 T=256 takes 25 ms instead of 15: its temporaries are fresh pages each call
+MAX_SCORES = 1 << 21  # of a pair of blocks, 8 MiB in float32. With 16 MiB, B=8 T=256 takes 25 ms, not 15: its temporaries are fresh pages each call
 NT, NN = ((3,), (3,)), ((3,), (2,))  # contracted dims of products batched over [B, K]
 
 
