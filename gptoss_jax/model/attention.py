@@ -8,9 +8,9 @@ from gptoss_jax.model.config import SLIDING, GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.model.layers import Linear
 from gptoss_jax.model.rope import rotate
-from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.attention import attention
+from gptoss_jax.ops.remat import product
 
 
 class Attention(nnx.Module):

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
-from gptoss_jax.ops.remat import product
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.experts import expert_mlp
+from gptoss_jax.ops.remat import product
 
 
 class RouterStats(NamedTuple):

@@ -22,10 +22,10 @@ from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context, ExpertQuant
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.moe import Moe, RouterStats
-from gptoss_jax.ops.remat import Remat, product, rematerialize
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
 from gptoss_jax.ops.embedding import embedding
+from gptoss_jax.ops.remat import Remat, product, rematerialize
 
 Params = Mapping[str, Array]
 

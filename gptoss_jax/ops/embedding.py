@@ -3,8 +3,8 @@
 The transpose of an indexed read is a scatter-add in the dtype of the table. In bfloat16 the sum of a token that occurs often stops growing at 256
 times its terms: with one token at half of 2048 positions the nano model's gradient was 32 % wrong (0.1 % here).
 
-On GPUs a scatter-add is also not deterministic: floats are added in the order in which threads arrive. There the rows are sorted by token and summed by a
-segmented scan, so that the only scatter writes each row of the table once.
+On GPUs a scatter-add is also not deterministic: floats are added in the order in which threads arrive. There the rows are sorted by token and
+summed by a segmented scan, so that the only scatter writes each row of the table once.
 
 Legend: B rows  T tokens of a row  V vocab  D hidden
 """

@@ -4,9 +4,10 @@
     python scripts/bench/step.py                     both models, both dtypes, table and scripts/bench/results/step.json
     python scripts/bench/step.py --models 9m --dtypes float32 --json     one object; `ratio` is that of the 9.1 M model in float32
 
-Both sides get memory in 2 MiB pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), as our command line asks for too. Each side runs in a process of its own that sleeps while the other computes, in the order A B B A ..., so that neither thread pool spins beside
-the other and a drift of the machine's speed hits both. transformers runs without gradient checkpointing, with fused AdamW, with the faster of
-its experts implementations; in bfloat16 its parameters and moments are bfloat16, ours stay float32 (more work for us). Rows are random tokens.
+Each side runs in a process of its own that sleeps while the other computes, in the order A B B A ..., so that neither thread pool spins beside
+the other and a drift of the machine's speed hits both. Both get memory in 2 MiB pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), as our command line
+asks for too. transformers runs without gradient checkpointing, with fused AdamW, with the faster of its experts implementations; in bfloat16 its
+parameters and moments are bfloat16, ours stay float32 (more work for us). Rows are random tokens.
 
 `share` is the useful floating-point rate over the dense matmul rate of this machine: the larger of torch's and jax's at 2048^3, taken in the same
 run and dtype. Useful: three times the products of the forward pass (`gptoss_jax.model.flops`), nothing for recomputation or padding.
@@ -112,7 +113,7 @@ def work_transformers(name: str, dtype: str) -> None:
         step()
         return time.perf_counter() - start, experts, step
 
-    seconds, experts, step = min((make(experts) for experts in ("grouped_mm", "eager")), key=lambda made: made[0])
+    _, experts, step = min((make(experts) for experts in ("grouped_mm", "eager")), key=lambda made: made[0])
     print(f"transformers: {experts} experts", file=sys.stderr)
     square = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
     serve(step, dense_rate(lambda: square @ square))

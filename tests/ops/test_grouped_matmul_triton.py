@@ -1,7 +1,6 @@
-"""The Triton grouped matmul: its operations run in plain JAX against dense oracles, its programs lowered for CUDA, its tiles against the cards."""
+"""The Triton grouped matmul: programs lowered for CUDA, tiles against the cards, packed weights. Its numbers: test_grouped_matmul.py."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,109 +9,11 @@ import pytest
 
 from gptoss_jax.formats import mxfp4
 from gptoss_jax.ops import grouped_matmul as package
-from gptoss_jax.ops.grouped_matmul import RowGroups, combine, dispatch, group_rows, grouped_matmul, mxfp4_triton, triton
-from gptoss_jax.ops.grouped_matmul.reference import grouped_matmul_reference
+from gptoss_jax.ops.grouped_matmul import RowGroups, group_rows, mxfp4_triton, triton
 from gptoss_jax.ops.grouped_matmul.tiles import SHARED_BYTES, TILES, Tile, choose_tile
+from tests.ops.routing import routing
+from tests.ops.test_grouped_matmul import TINY, A, E, M, S, operands
 from tests.support.triton_ir import TARGETS, lower_for_cuda
-
-S, A, E, M = 23, 3, 8, 32  # 32 rows in a block: two tiles of 16
-TINY = Tile(rows=16, cols=16, depth=16, stages=2, warps=1)
-TOLERANCE = {"float32": dict(rtol=1e-5, atol=1e-5), "bfloat16": dict(rtol=2**-8, atol=1e-5)}  # of the sums; bfloat16 rounds them once
-
-
-def routing(kind: str):
-    """[S, A] distinct experts per token."""
-    if kind == "one_takes_all":
-        return jnp.tile(jnp.array([[5, 0, 1]]), (S, 1))
-    if kind == "empty_experts":
-        return jnp.stack([jax.random.permutation(jax.random.key(s), 3) + 4 for s in range(S)])
-    return jnp.stack([jax.random.permutation(jax.random.key(s), E)[:A] for s in range(S)])
-
-
-@partial(jax.jit, static_argnames="tile")
-def all_products(x_PK, w_ENK, bias_EN, dy_PN, groups, tile=TINY):
-    """(y, dx, dw, dbias)"""
-    return (
-        triton.forward(x_PK, w_ENK, bias_EN, groups, tile, interpret=True),
-        triton.input_gradient(dy_PN, w_ENK, groups, tile, interpret=True),
-        *triton.weight_gradient(dy_PN, x_PK, groups, tile, interpret=True),
-    )
-
-
-def operands(groups: RowGroups, inputs: int, outputs: int, dtype="float32"):
-    """x and dy are zero on padding, as dispatch and combine leave them."""
-    keys = jax.random.split(jax.random.key(7), 4)
-    is_row_P1 = (groups.assignment_P < S * A)[:, None]
-    rows = lambda key, width: jnp.where(is_row_P1, jax.random.normal(key, (is_row_P1.shape[0], width)), 0).astype(dtype)
-    w_ENK = jax.random.normal(keys[1], (E, outputs, inputs)).astype(dtype)
-    bias_EN = jax.random.normal(keys[2], (E, outputs)).astype(dtype)
-    return rows(keys[0], inputs), w_ENK, bias_EN, rows(keys[3], outputs)
-
-
-def used_slots(groups) -> np.ndarray:
-    return np.arange(groups.assignment_P.shape[0]) < int(groups.num_blocks) * groups.block_rows
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("inputs, outputs", [(20, 38), (32, 48)])  # no multiples of the tile, and multiples of it, which go without masks
-@pytest.mark.parametrize("kind", ["random", "one_takes_all", "empty_experts"])
-def test_products_match_dense_float64(kind, inputs, outputs, dtype):
-    groups = group_rows(routing(kind), E, M)
-    x, w, bias, dy = arrays = operands(groups, inputs, outputs, dtype)
-    y, dx, dw, dbias = all_products(*arrays, groups)
-    assert y.dtype == dx.dtype == dtype and dw.dtype == dbias.dtype == "float32"
-
-    used = used_slots(groups)
-    x64, w64, bias64, dy64 = (np.asarray(a, np.float64) for a in (x, w, bias, dy))
-    of_expert_EP = (np.repeat(groups.block_expert_G, M) == np.arange(E)[:, None]) & used
-    y64 = np.einsum("ep,pk,enk->pn", of_expert_EP, x64, w64) + np.einsum("ep,en->pn", of_expert_EP, bias64)
-    dx64 = np.einsum("ep,pn,enk->pk", of_expert_EP, dy64, w64)
-    np.testing.assert_allclose(np.asarray(y, np.float64), y64, **TOLERANCE[dtype])
-    np.testing.assert_allclose(np.asarray(dx, np.float64), dx64, **TOLERANCE[dtype])
-    np.testing.assert_allclose(dw, np.einsum("ep,pn,pk->enk", of_expert_EP, dy64, x64), **TOLERANCE["float32"])
-    np.testing.assert_allclose(dbias, np.einsum("ep,pn->en", of_expert_EP, dy64), **TOLERANCE["float32"])
-    if kind == "random":
-        reference = grouped_matmul_reference(x, w, bias, groups)
-        np.testing.assert_allclose(np.asarray(y, np.float64)[used], np.asarray(reference, np.float64)[used], **TOLERANCE[dtype])
-
-
-def test_nan_stays_with_its_expert():
-    """NaN in expert 5's rows, in slots that no block uses, and in everything of experts without rows (E - 1, to which unused blocks point, too)."""
-    groups = group_rows(routing("empty_experts"), E, M)  # experts 4, 5, 6
-    x, w, bias, dy = operands(groups, 20, 38)
-    clean = all_products(x, w, bias, dy, groups)
-    used, expert_P = used_slots(groups), np.repeat(groups.block_expert_G, M)
-    assert not used.all()
-    poisoned_P1 = (~used | (expert_P == 5))[:, None]
-    without_rows = np.asarray(groups.group_sizes_E) == 0
-    nan_in = lambda a, where: jnp.where(where, jnp.nan, a)
-    y, dx, dw, dbias = all_products(
-        nan_in(x, poisoned_P1), nan_in(w, without_rows[:, None, None]), nan_in(bias, without_rows[:, None]), nan_in(dy, poisoned_P1), groups
-    )
-    healthy_P = ~used | (expert_P != 5)
-    for got, want in zip((y, dx), clean[:2]):
-        np.testing.assert_array_equal(np.asarray(got)[healthy_P], np.asarray(want)[healthy_P])
-        assert not np.asarray(got)[~used].any()
-    for got, want in zip((dw, dbias), clean[2:]):
-        np.testing.assert_array_equal(np.delete(got, 5, axis=0), np.delete(want, 5, axis=0))
-        assert not np.asarray(got)[without_rows].any()
-
-
-def test_gradients_through_the_public_function_match_xla(monkeypatch):
-    forward = partial(triton.forward, tile=TINY, interpret=True)
-    backward = partial(triton.backward, tile=TINY, interpret=True)
-    monkeypatch.setitem(package._BACKENDS, "triton", SimpleNamespace(forward=forward, backward=backward))
-    groups = group_rows(routing("random"), E, M)
-    _, w, bias, _ = operands(groups, 20, 38)
-    keys = jax.random.split(jax.random.key(1), 3)
-    x, weights, cotangent = jax.random.normal(keys[0], (S, 20)), jax.random.uniform(keys[1], (S, A)), jax.random.normal(keys[2], (S, 38))
-
-    def loss(x, w, bias, weights, backend):
-        return jnp.sum(combine(grouped_matmul(dispatch(x, groups), w, bias, groups, backend), weights, groups) * cotangent)
-
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
-    for got, want in zip(gradients(x, w, bias, weights, "triton"), gradients(x, w, bias, weights, "xla")):
-        np.testing.assert_allclose(got, want, **TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("row_tiles, block_rows", [(1, 32), (16, 16), (37, 32), (37, 16)])
@@ -124,7 +25,7 @@ def test_every_tile_has_one_program(row_tiles, block_rows):
 
 
 def test_blocks_and_types_that_the_kernels_cannot_take_are_refused():
-    groups = group_rows(routing("random"), E, 24)
+    groups = group_rows(routing("random", S, E, A), E, 24)
     x, w, bias, _ = operands(groups, 20, 38)
     with pytest.raises(ValueError, match="not 24"):
         triton.forward(x, w, bias, groups, interpret=True)
@@ -144,7 +45,7 @@ def random_codes(outputs: int, inputs: int) -> mxfp4.Codes:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_codes_give_the_bits_of_decoding_first(dtype):
-    groups = group_rows(routing("random"), E, M)
+    groups = group_rows(routing("random", S, E, A), E, M)
     codes = random_codes(outputs=38, inputs=96)
     x, _, bias, dy = operands(groups, 96, 38, dtype)
     tile = Tile(rows=16, cols=64, depth=64, stages=2, warps=1)  # one and a half tiles of 96
@@ -162,7 +63,7 @@ def test_packed_codes_give_the_bits_of_decoding_first(dtype):
 
 
 def test_codes_beyond_32_bit_offsets_are_refused():
-    groups = group_rows(routing("random"), E, M)
+    groups = group_rows(routing("random", S, E, A), E, M)
     codes = mxfp4.Codes(abstract(300, 5760, 1440, dtype="uint8"), abstract(300, 5760, 90, dtype="uint8"))
     with pytest.raises(ValueError, match="split the experts"):
         mxfp4_triton.input_gradient(abstract(groups.assignment_P.shape[0], 5760), codes, groups)

@@ -2,9 +2,9 @@
 
     out[s] = sum_a weights[s, a] * (down[e] @ swiglu(gate_up[e] @ x[s] + bias_up[e]) + bias_down[e]),   e = experts[s, a]
 
-`composed` is the chain dispatch -> grouped matmul -> SwiGLU -> grouped matmul -> combine, each step an operation of its own over all rows; with Triton
-kernels it is what runs on a GPU. `fused` does the chain piece by piece in XLA, so that on a CPU the rows of a piece stay in the cache. Both give the
-same numbers and the same gradients.
+`composed` is the chain dispatch -> grouped matmul -> SwiGLU -> grouped matmul -> combine, each step an operation of its own over all rows; with
+Triton kernels it is what runs on a GPU. `fused` does the chain piece by piece in XLA, so that on a CPU the rows of a piece stay in the cache. Both
+give the same numbers and the same gradients.
 
 Legend: S tokens  A experts per token  D hidden  E experts  F expert hidden  U=2F gate/up interleaved
 """

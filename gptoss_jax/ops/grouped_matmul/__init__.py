@@ -1,17 +1,21 @@
 """One matrix per expert applied to the rows routed to it: `y[p] = w[e(p)] @ x[p] + bias[e(p)]`."""
 
+import importlib
 from functools import partial
 
 import jax
 from jaxtyping import Array, Float
 
 from gptoss_jax.ops.backend import resolve_backend
-from gptoss_jax.ops.grouped_matmul import xla
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups, combine, dispatch, group_rows
 
 # Rows of a block, to which each expert's rows are padded. XLA joins blocks to larger pieces, so there small ones pad less.
 BLOCK_ROWS = {"xla": 32, "triton": 128}
-_BACKENDS = {"xla": xla}
+
+
+def _module(backend: str):
+    """The module with `forward` and `backward`, imported when it is asked for: Pallas takes 0.1 s, and only GPUs need it."""
+    return importlib.import_module(f"gptoss_jax.ops.grouped_matmul.{backend}")
 
 
 def block_rows(backend: str | None = None) -> int:
@@ -32,7 +36,7 @@ def grouped_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _grouped_matmul(x_PK, w_ENK, bias_EN, groups, backend):
-    return _BACKENDS[backend].forward(x_PK, w_ENK, bias_EN, groups)
+    return _module(backend).forward(x_PK, w_ENK, bias_EN, groups)
 
 
 def _forward(x_PK, w_ENK, bias_EN, groups, backend):
@@ -41,7 +45,7 @@ def _forward(x_PK, w_ENK, bias_EN, groups, backend):
 
 def _backward(backend, residual, dy_PN):
     x_PK, w_ENK, bias_EN, groups = residual
-    dx_PK, dw_ENK, dbias_EN = _BACKENDS[backend].backward(dy_PN, x_PK, w_ENK, groups)
+    dx_PK, dw_ENK, dbias_EN = _module(backend).backward(dy_PN, x_PK, w_ENK, groups)
     return dx_PK, dw_ENK.astype(w_ENK.dtype), dbias_EN.astype(bias_EN.dtype), None
 
 
