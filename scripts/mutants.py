@@ -54,10 +54,10 @@ MUTANTS = (
            "g_PD[groups.slot_SA][:, 0]", "tests/ops/test_grouped_matmul.py"),
     Mutant("segments_leak", "gptoss_jax/ops/attention/reference.py", "(key_index <= query_index) & (key_segment == query_segment)", "(key_index <= query_index)",
            "tests/ops/test_attention.py -k definition"),
-    Mutant("nibbles_swapped", "gptoss_jax/formats/bits.py", "pairs * jnp.array([1, 16], jnp.uint8)", "pairs * jnp.array([16, 1], jnp.uint8)", CODEC),
+    Mutant("nibbles_swapped", "gptoss_jax/formats/bits.py", "pairs << jnp.array([0, 4], jnp.uint32)", "pairs << jnp.array([4, 0], jnp.uint32)", CODEC),
     Mutant("block_axis", "gptoss_jax/quant/fake_quant.py", "_encode_decode(jnp.moveaxis(x, axis, -1), fmt", "_encode_decode(jnp.moveaxis(x, -2, -1), fmt", "tests/quant"),
-    Mutant("scale_bias_126", "gptoss_jax/formats/mxfp4.py", "scales = jnp.where(is_finite, scales, NAN_SCALE)", "scales = jnp.where(is_finite, scales + 1, NAN_SCALE)", CODEC),
-    Mutant("ties_away", "gptoss_jax/formats/minifloat.py", "bits = jnp.clip(bits, 0, max_bits)", "bits = jnp.clip(bits + 1, 0, max_bits)", CODEC),
+    Mutant("scale_bias_126", "gptoss_jax/formats/mxfp4.py", "jnp.where(is_finite, finite_scales, NAN_SCALE)", "jnp.where(is_finite, finite_scales + 1, NAN_SCALE)", CODEC),
+    Mutant("ties_away", "gptoss_jax/formats/block_grid.py", "2 * _STEP + _ROUND - g.one", "2 * _STEP + _ROUND + 1 - g.one", CODEC),
     Mutant("rceil_is_floor", "gptoss_jax/formats/scale_rules.py", "bump = (amax & _MANTISSA) > 0x400000", "bump = 0", CODEC),
     Mutant("experts_not_transposed", "gptoss_jax/checkpoint/hf_layout.py", 'return self.naming == "hf" and self.experts == "bf16"', "return False", "tests/checkpoint/test_load.py"),
 )  # fmt: skip

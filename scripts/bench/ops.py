@@ -144,7 +144,7 @@ def main() -> int:
     print(f"{result['device']}, commit {result['commit']}, {result['date']}")
     for r in rows:
         theirs = f"{r['torch']:18s} {r['torch_ms']:9.2f} ms = {r['torch_over_ours']:6.2f}x"
-        print(f"{r['size']:5s} {r['dtype']:9s} {r['op']:40s} {r['ours_ms']:9.2f} ms, {theirs}, {r['share_of_dense']:6.1%} of dense, agree {r['agree']}")
+        print(f"{r['size']:5s} {r['dtype']:9s} {r['op']:40s} {r['ours_ms']:9.2f} ms, {theirs}, {r['share_of_dense']:6.1%} of dense, {r['agree']}")
     for q in quant:
         print(", ".join(f"{key} {value}" for key, value in q.items()))
     if args.sizes == ["9m", "112m"] and len(args.dtypes) == 2 and ops == list(OPS):
