@@ -4,9 +4,9 @@
     python scripts/bench/compile.py            depths 2 and 36, table and scripts/bench/results/compile.json
     python scripts/bench/compile.py --json     one object instead of the table
 
-Each compilation happens in a fresh process without a compilation cache, depths in turns, the least of `--rounds` counts. "plan" is what XLA plans for one
-step beside parameters and optimizer (`temp_size_in_bytes`), "host" the largest resident size of the compiling process. For `cast_at: layer` and
-`step`, temporaries are also given in units of the experts' bfloat16 bytes: `step` holds them all at once.
+Each compilation happens in a fresh process without a compilation cache, depths in turns, the least of `--rounds` counts. "plan" is what XLA plans
+for one step beside parameters and optimizer (`temp_size_in_bytes`, gradients included), "host" the largest resident size of the compiling process.
+For `cast_at: layer` and `step`, the plan is also given in units of the experts' bfloat16 bytes: `step` holds them all at once.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The parts of `gpu_suite.py` that time something: codec against a device copy, operations, layers of the 20b shape, whole steps, transformers.
 
-Every part takes `smoke` (tiny shapes, any device) and returns plain values. MFU is useful FLOP/s (`gptoss_jax.model.flops`) over the dense BF16 peak of the
-data sheet, without sparsity.
+Every part takes `smoke` (tiny shapes, any device) and returns plain values. MFU is useful FLOP/s (`gptoss_jax.model.flops`) over the dense BF16 peak
+of the data sheet, without sparsity.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def codec_speed(smoke: bool) -> dict:
 
 # ---- operations ------------------------------------------------------------------------------------------------------------------------
 def op_speed(smoke: bool) -> dict:
-    """Forward and backward of attention, experts and cross-entropy at 20b shapes, bfloat16, every backend; beside dense products of the same FLOPs."""
+    """Forward and backward of attention, experts and cross-entropy at 20b shapes, bfloat16, every backend; beside dense products."""
     from gptoss_jax.model.flops import visible_pairs
     from gptoss_jax.ops.attention import attention
     from gptoss_jax.ops.cross_entropy import cross_entropy_sum
@@ -115,8 +115,8 @@ def op_speed(smoke: bool) -> dict:
 
     def experts(backend):
         wide, hidden, count = 2 * z.intermediate_size, z.hidden_size, z.num_local_experts
-        arguments = (normal(tokens, hidden), normal(count, wide, hidden, scale=0.02), normal(count, wide), normal(count, hidden, z.intermediate_size, scale=0.02),
-                     normal(count, hidden))  # fmt: skip
+        up, down = normal(count, wide, hidden, scale=0.02), normal(count, hidden, z.intermediate_size, scale=0.02)
+        arguments = normal(tokens, hidden), up, normal(count, wide), down, normal(count, hidden)
         weights = jnp.full(choice.shape, 0.25, jnp.float32)
         run = lambda x, *w: expert_mlp(x, choice, weights, *w, limit=7.0, backend=backend)
         return run, arguments, 6 * tokens * z.num_experts_per_tok * 3 * hidden * z.intermediate_size
@@ -181,8 +181,9 @@ def whole_step(smoke: bool, *, mode: str) -> dict:
     train = load_config(CONFIGS / {"sft": "sft_20b_1gpu.yaml", "qat": "qat_mxfp4_20b_1gpu.yaml"}[mode])
     config, length = (TINY, 16) if smoke else (GptOssConfig(), train.data.row_length)
     train = train.model_copy(update={"steps": 1000, "epochs": None})
-    depth = _depth_that_fits(config, bytes_per_param=6.05, spare_gib=14)
-    config = dataclasses.replace(config, num_hidden_layers=depth, layer_types=())
+    if not smoke:
+        depth = _depth_that_fits(config, bytes_per_param=6.05, spare_gib=14)
+        config = dataclasses.replace(config, num_hidden_layers=depth, layer_types=())
     rows = train.batch.rows
     batch = random_batch(config.vocab_size, rows, length)
     quant = make_expert_quant(default_policy("mxfp4") if mode == "qat" else None, jnp.dtype(train.compute_dtype))
@@ -199,7 +200,7 @@ def whole_step(smoke: bool, *, mode: str) -> dict:
         loss = float(metrics["loss"])
         seconds.append(time.perf_counter() - start)
     return {
-        "mode": mode, "layers": depth, "of_layers": 24, "batch": [rows, length], "compile_s": round(compile_s, 1),
+        "mode": mode, "layers": config.num_hidden_layers, "of_layers": 24, "batch": [rows, length], "compile_s": round(compile_s, 1),
         "plan_gib": round(plan.temp_size_in_bytes / 2**30, 2) if plan else None, "loss": loss,
         **rates(config, rows, length, min(seconds[1:])), "all_seconds": [round(s, 4) for s in seconds], **memory(),
     }  # fmt: skip

@@ -59,10 +59,13 @@ def run_part(name: str, smoke: bool) -> dict:
 
 
 def spawn(name: str, smoke: bool, limit: float) -> dict:
-    """One part in a process of its own: its result, or what became of it. The compilation cache is off: compile times are part of the picture."""
+    """One part in a process of its own: its result, or what became of it."""
     command = [sys.executable, __file__, "--part", name, *(["--smoke"] if smoke else [])]
-    # JAX takes most of the memory when it starts; torch must not find it taken
-    environment = {**os.environ, **({"JAX_PLATFORMS": "cpu"} if name == "transformers_layers" else {})}
+    environment = dict(os.environ)
+    if name == "transformers_layers":
+        environment["JAX_PLATFORMS"] = "cpu"  # JAX takes most of the memory when it starts; torch must not find it taken
+    elif environment.get("JAX_PLATFORMS"):
+        environment["JAX_PLATFORMS"] += ",cpu"  # the reference of the codec
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)

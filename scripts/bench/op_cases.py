@@ -66,7 +66,8 @@ def inputs(op: str, z: Sizes) -> dict[str, np.ndarray]:
     kind = op.split(",")[0]
     if kind in ("grouped matmul", "expert layer"):
         choice_SA = np.argsort(rng.random((z.tokens, z.experts)), axis=1)[:, : z.per_token].astype(np.int32)
-        found = {"x_SD": normal(z.tokens, z.hidden), "experts_SA": choice_SA, "w_up_EUD": normal(z.experts, 2 * z.width, z.hidden, scale=z.hidden**-0.5)}
+        w_up_EUD = normal(z.experts, 2 * z.width, z.hidden, scale=z.hidden**-0.5)
+        found = {"x_SD": normal(z.tokens, z.hidden), "experts_SA": choice_SA, "w_up_EUD": w_up_EUD}
         if kind == "expert layer":
             weights_SA = rng.random((z.tokens, z.per_token), np.float32)
             found |= {

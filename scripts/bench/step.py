@@ -58,19 +58,16 @@ def work_ours(name: str, dtype: str, mode: str, masters: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from gptoss_jax.data import Batch
     from gptoss_jax.model import init_params
     from gptoss_jax.quant import default_policy, make_expert_quant
     from gptoss_jax.training.config import parse
     from gptoss_jax.training.step import init_state, make_train_step
+    from scripts.bench.batches import random_batch
 
     work = WORKLOADS[name]
     train = parse({"steps": 1000, "batch": {"rows": work.rows}, "compute_dtype": dtype, "master_dtype": masters, "remat": "products",
                    **({"quant": {"format": "mxfp4"}} if mode == "qat" else {})})  # fmt: skip
-    tokens = jax.random.randint(jax.random.key(1), (work.rows, work.length), 0, work.config.vocab_size)
-    ones = jnp.ones(tokens.shape, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(work.length, dtype=jnp.int32), tokens.shape)
-    batch = Batch(tokens, jnp.roll(tokens, -1, axis=1), ones, positions, ones.astype(jnp.float32))
+    batch = random_batch(work.config.vocab_size, work.rows, work.length)
     expert_quant = make_expert_quant(default_policy("mxfp4") if mode == "qat" else None, jnp.dtype(dtype))
     train_step = make_train_step(work.config, train, expert_quant)
     state = init_state(work.config, train, init_params(work.config, jax.random.key(0)))
