@@ -13,7 +13,7 @@ from gptoss_jax.ops.grouped_matmul import RowGroups, group_rows, mxfp4_triton, t
 from gptoss_jax.ops.grouped_matmul.tiles import SHARED_BYTES, TILES, Tile, choose_tile
 from tests.ops.routing import routing
 from tests.ops.test_grouped_matmul import TINY, A, E, M, S, operands
-from tests.support.triton_ir import TARGETS, lower_for_cuda
+from tests.support.cuda import TRITON_TARGETS, lower_with_programs
 
 
 @pytest.mark.parametrize("row_tiles, block_rows", [(1, 32), (16, 16), (37, 32), (37, 16)])
@@ -93,8 +93,8 @@ def real_products(experts: int, outputs: int, inputs: int, dtype: str, tile=None
 @pytest.mark.parametrize("outputs", [5760, 2880])  # gate_up, down
 def test_products_of_gpt_oss_lower_to_valid_triton_programs(experts, outputs, dtype):
     for name, function, arguments in real_products(experts, outputs, 2880, dtype):
-        text, programs = lower_for_cuda(function, *arguments)
-        assert any(target in text for target in TARGETS)
+        text, programs = lower_with_programs(function, *arguments)
+        assert any(target in text for target in TRITON_TARGETS)
         assert name in text
         for program in programs:
             assert "tt.dot" in program and "scf.for" in program
@@ -107,8 +107,8 @@ def test_products_with_packed_codes_lower_to_valid_triton_programs(experts):
     (_, _, (x, _, bias, groups)), (_, _, (dy, _, _)), _ = real_products(experts, 5760, 2880, "bfloat16")
     codes = mxfp4.Codes(abstract(experts, 5760, 1440, dtype="uint8"), abstract(experts, 5760, 90, dtype="uint8"))
     for function, arguments in ((mxfp4_triton.forward, (x, codes, bias, groups)), (mxfp4_triton.input_gradient, (dy, codes, groups))):
-        text, programs = lower_for_cuda(function, *arguments)
-        assert any(target in text for target in TARGETS)
+        text, programs = lower_with_programs(function, *arguments)
+        assert any(target in text for target in TRITON_TARGETS)
         assert all("tt.dot" in program and "tt.join" in program for program in programs)
 
 
