@@ -36,7 +36,7 @@ MUTANTS = (
     Mutant("window_129", "gptoss_jax/model/attention.py", "self.window = config.sliding_window if", "self.window = config.sliding_window + 1 if"),
     Mutant("layer_kinds_swapped", "gptoss_jax/model/attention.py", "if kind == SLIDING else None", "if kind != SLIDING else None"),
     Mutant("sinks_removed", "gptoss_jax/model/attention.py", "self.sinks[...], context", "self.sinks[...] - 1e9, context"),
-    Mutant("kv_heads_interleaved", "gptoss_jax/model/attention.py", "k_BTKH = rotate(heads(self.k_proj(x_BTD))", "k_BTKH = rotate(heads(self.k_proj(x_BTD))[:, :, ::-1]"),
+    Mutant("kv_heads_interleaved", "gptoss_jax/model/attention.py", "rotate(product(heads(self.k_proj(x_BTD)))", "rotate(product(heads(self.k_proj(x_BTD)))[:, :, ::-1]"),
     Mutant("alpha_1", "gptoss_jax/ops/swiglu.py", "ALPHA = 1.702", "ALPHA = 1.0"),
     Mutant("swiglu_limit_off", "gptoss_jax/model/moe.py", "self.limit = config.swiglu_limit", "self.limit = 1e9"),
     Mutant("gate_clamped_below", "gptoss_jax/ops/swiglu.py", "jnp.clip(up_PF, -limit, limit)\n    return", "jnp.clip(up_PF, -limit, limit)\n    g_PF = jnp.maximum(g_PF, -limit)\n    return"),

@@ -1,5 +1,5 @@
-"""The training step lowers for CUDA and TPU on a machine that has neither, so a CPU-only construct cannot creep in; and what the CPU program of a layer
-copies."""
+"""The training step lowers for CUDA and TPU on a machine that has neither, so a CPU-only construct cannot creep in; and what the CPU program
+of a layer copies."""
 
 import dataclasses
 import re
