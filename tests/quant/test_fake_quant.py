@@ -161,7 +161,8 @@ def test_in_flax_linen_under_jit_scan_remat_and_vmap():
     quantized = jnp.stack([fake_quant(kernel, fmt, axis=0) for kernel in kernels])
     expected, expected_grads = jax.value_and_grad(plain)(quantized, x)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(jax.tree.leaves(grads)[0], expected_grads, rtol=1e-4, atol=1e-5)
+    # float32 through three layers: errors are those of the sums, so relative to the largest gradient (9.9), not to each
+    np.testing.assert_allclose(jax.tree.leaves(grads)[0], expected_grads, rtol=0, atol=1e-5 * np.abs(expected_grads).max())
 
     batched = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))(params, jnp.stack([x, 2 * x]))
     np.testing.assert_allclose(batched[0][0], expected, rtol=1e-5)
