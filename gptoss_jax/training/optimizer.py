@@ -8,8 +8,8 @@ The learning rate follows the step of the run; the bias correction of Adam count
 is not finite, masters and optimizer state keep their values. Frozen parameters are neither differentiated nor given moments.
 
 The whole update is one pass over the gradients for the norm and, per parameter, one elementwise pass for each array that is written, in the memory of
-the old one (the compiled program holds no copy and no float32 version of a bfloat16 gradient or master). CPU, 46 M float32 parameters on two
-cores: 0.84 ns per parameter, 2.7 ns when Optax's transformations were chained as they come.
+the old one: the compiled program holds no copy of a master or moment. CPU, 46 M float32 parameters on two cores: 0.8 ns per parameter, 2.6 ns when
+Optax's transformations were chained as they come (`scripts/bench/optimizer.py`, LOG.md).
 """
 
 import fnmatch
