@@ -7,7 +7,8 @@
 Each side runs in a process of its own that sleeps while the other computes, in the order A B B A ..., so that neither thread pool spins beside
 the other and a drift of the machine's speed hits both. Both get memory in 2 MiB pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), as our command line
 asks for too. transformers runs without gradient checkpointing, with fused AdamW, with the faster of its experts implementations; in bfloat16 its
-parameters and moments are bfloat16, ours stay float32 (more work for us). Rows are random tokens.
+parameters and moments are bfloat16, ours stay float32 (more work for us). Ours runs with `remat: products` and `cast_at: step`, SFT and QAT alike.
+Rows are random tokens, one document each.
 
 `share` is the useful floating-point rate over the dense matmul rate of this machine: the larger of torch's and jax's at 2048^3, taken in the same
 run and dtype. Useful: three times the products of the forward pass (`gptoss_jax.model.flops`), nothing for recomputation or padding.
@@ -65,7 +66,7 @@ def work_ours(name: str, dtype: str, mode: str, masters: str) -> None:
     from scripts.bench.batches import random_batch
 
     work = WORKLOADS[name]
-    train = parse({"steps": 1000, "batch": {"rows": work.rows}, "compute_dtype": dtype, "master_dtype": masters, "remat": "products",
+    train = parse({"steps": 1000, "batch": {"rows": work.rows}, "compute_dtype": dtype, "master_dtype": masters, "remat": "products", "cast_at": "step",
                    **({"quant": {"format": "mxfp4"}} if mode == "qat" else {})})  # fmt: skip
     batch = random_batch(work.config.vocab_size, work.rows, work.length)
     expert_quant = make_expert_quant(default_policy("mxfp4") if mode == "qat" else None, jnp.dtype(dtype))
