@@ -12,7 +12,8 @@ divided by eps. (Blockwise 8-bit moments: Dettmers et al. 2021, arXiv:2110.02861
 
 Factored (`Factored`, second moment): only the means r of rows and c of columns over the last two dimensions are kept, v_ij ~ r_i c_j / mean(r)
 (Adafactor, arXiv:1804.04235). The mean of what is decoded is what is stored, so both are Adam's running means with its decay and bias correction.
-`optax.scale_by_factored_rms` is not used: it divides before the first moment is taken, and the nano model's SFT loss stayed higher (LOG.md).
+`optax.scale_by_factored_rms` is not used: it divides before the first moment is taken, so it is another algorithm with another bias correction, and
+its factors would not be a storage of Adam's state that can be exchanged for the others. One seed of the nano model cannot rank the two (LOG.md).
 
 Stacked parameters below `MIN_SIZE` elements keep float32 moments in every mode; in a released model these are the sinks and router biases.
 
