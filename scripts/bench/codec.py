@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from gptoss_jax.host_memory import HUGE_PAGES
 from scripts.bench.common import best, machine, write_results
 from scripts.bench.turns import Worker, least_seconds
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 SHAPE = (4, 5760, 2880)  # gate_up_proj of four experts
 ROUNDS = 3
 
@@ -116,9 +116,9 @@ def main() -> int:
     parser.add_argument("--huge-pages", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if args.huge_pages and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
+    if args.huge_pages and "GLIBC_TUNABLES" not in os.environ:
         # malloc reads this when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HUGE_PAGES})
 
     result = {**machine(), "huge_pages": args.huge_pages, **measure(tuple(args.shape), 0, args.rounds, args.modelopt_python)}
     if args.json:

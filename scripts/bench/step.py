@@ -17,9 +17,7 @@ run and dtype. Useful: three times the products of the forward pass (`gptoss_jax
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,21 +25,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gptoss_jax.host_memory import HUGE_PAGES
 from scripts.bench.common import WORKLOADS, machine, write_results
+from scripts.bench.turns import Worker, serve
 
-STEPS = 3  # of one turn
+TURN = 3.0  # seconds of one turn, and 3 steps at least, after one step that is not counted: a pause leaves caches cold and memory given back
+PAUSE = 0.5  # seconds between turns: OpenMP threads of the one before keep a core busy for 0.2 s after their last product
 OURS, THEIRS = "ours", "transformers"
 
 
-# ---- workers: prepare, say so, then answer each line "N" with the seconds of N steps ----------------------------------------------------
-def serve(step, dense_flops_per_s: float) -> None:
-    step()
-    step()
-    print(json.dumps({"dense": dense_flops_per_s}), flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        print(json.dumps({"seconds": (time.perf_counter() - start) / int(line)}), flush=True)
+# ---- workers: 0 steps is the order to prepare, answered with the dense rate; others with the seconds of a step --------------------------------
+def answer_with(prepare) -> None:
+    """`prepare() -> (step, FLOP/s of a dense product)`."""
+    made = {}
+
+    def answer(steps: int) -> dict:
+        if steps == 0:
+            made["step"], dense = prepare()
+            made["step"]()
+            made["step"]()
+            return {"dense": dense}
+        made["step"]()
+        start, done = time.perf_counter(), 0
+        while done < steps or time.perf_counter() - start < TURN:
+            made["step"]()
+            done += 1
+        return {"seconds": (time.perf_counter() - start) / done}
+
+    serve(answer)
 
 
 def dense_rate(multiply, size: int = 2048, repeats: int = 5) -> float:
@@ -55,7 +64,7 @@ def dense_rate(multiply, size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def work_ours(name: str, dtype: str, mode: str, masters: str) -> None:
+def work_ours(name: str, dtype: str, mode: str, masters: str):
     import jax
     import jax.numpy as jnp
 
@@ -66,8 +75,9 @@ def work_ours(name: str, dtype: str, mode: str, masters: str) -> None:
     from scripts.bench.batches import random_batch
 
     work = WORKLOADS[name]
-    train = parse({"steps": 1000, "batch": {"rows": work.rows}, "compute_dtype": dtype, "master_dtype": masters, "remat": "products", "cast_at": "step",
-                   **({"quant": {"format": "mxfp4"}} if mode == "qat" else {})})  # fmt: skip
+    quant = {"quant": {"format": "mxfp4"}} if mode == "qat" else {}
+    settings = {"compute_dtype": dtype, "master_dtype": masters, "remat": "products", "cast_at": "step", **quant}
+    train = parse({"steps": 1000, "batch": {"rows": work.rows}, **settings})
     batch = random_batch(work.config.vocab_size, work.rows, work.length)
     expert_quant = make_expert_quant(default_policy("mxfp4") if mode == "qat" else None, jnp.dtype(dtype))
     train_step = make_train_step(work.config, train, expert_quant)
@@ -80,10 +90,10 @@ def work_ours(name: str, dtype: str, mode: str, masters: str) -> None:
 
     square = jnp.ones((2048, 2048), dtype)
     multiply = jax.jit(lambda a, b: a @ b)
-    serve(step, dense_rate(lambda: jax.block_until_ready(multiply(square, square))))
+    return step, dense_rate(lambda: jax.block_until_ready(multiply(square, square)))
 
 
-def work_transformers(name: str, dtype: str) -> None:
+def work_transformers(name: str, dtype: str):
     import torch
     from transformers import GptOssForCausalLM
 
@@ -114,34 +124,10 @@ def work_transformers(name: str, dtype: str) -> None:
     _, experts, step = min((make(experts) for experts in ("grouped_mm", "eager")), key=lambda made: made[0])
     print(f"transformers: {experts} experts", file=sys.stderr)
     square = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
-    serve(step, dense_rate(lambda: square @ square))
+    return step, dense_rate(lambda: square @ square)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------------------------
-class Worker:
-    def __init__(self, *arguments: str):
-        command = [sys.executable, __file__, "--worker", *arguments]
-        environment = {**os.environ, **HUGE_PAGES}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"worker {self.process.args[3:]} died")
-        return json.loads(line)
-
-    def ready(self) -> float:
-        return self._answer()["dense"]
-
-    def seconds_per_step(self) -> float:
-        print(STEPS, file=self.process.stdin, flush=True)
-        return self._answer()["seconds"]
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def compare(name: str, dtype: str, rounds: int, masters: str) -> dict:
     """One model in one dtype: transformers, our SFT and our QAT step in turns."""
     from gptoss_jax.model.flops import train_flops
@@ -150,14 +136,14 @@ def compare(name: str, dtype: str, rounds: int, masters: str) -> dict:
     with contextlib.ExitStack() as stack:
         workers, dense = {}, {}
         for side, arguments in sides.items():  # one after the other: no two of them compile at once
-            workers[side] = Worker(*arguments)
-            stack.callback(workers[side].close)
-            dense[side] = workers[side].ready()
+            workers[side] = stack.enter_context(Worker(sys.executable, __file__, "--worker", *arguments, variables=HUGE_PAGES))
+            dense[side] = workers[side].ask(steps=0)["dense"]
         seconds = {side: [] for side in sides}
         order = list(sides)
         for _ in range(rounds):
             for side in order:
-                seconds[side].append(workers[side].seconds_per_step())
+                time.sleep(PAUSE)
+                seconds[side].append(workers[side].ask(steps=3)["seconds"])
             order.reverse()
     work = WORKLOADS[name]
     median = {side: statistics.median(values) for side, values in seconds.items()}
@@ -179,12 +165,13 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--masters", choices=("float32", "bfloat16"), default="float32", help="dtype of our master weights")
-    parser.add_argument("--rounds", type=int, default=8, help=f"turns of {STEPS} steps for each side")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--json", action="store_true", help="print one object instead of the table")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        {OURS: work_ours, THEIRS: work_transformers}[args.worker[0]](*args.worker[1:])
+        side, *arguments = args.worker
+        answer_with(lambda: {OURS: work_ours, THEIRS: work_transformers}[side](*arguments))
         return 0
 
     rows = []

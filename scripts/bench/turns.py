@@ -5,6 +5,7 @@ run in other Python environments too.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ from typing import Any
 
 
 class Worker:
-    """A worker process; ask it one thing at a time. A context manager."""
+    """A worker process; ask it one thing at a time. A context manager. `variables` are added to its environment."""
 
-    def __init__(self, python: str, script: str, *arguments: str):
-        self.process = subprocess.Popen([python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, python: str, script: str, *arguments: str, variables: dict[str, str] | None = None):
+        environment = {**os.environ, **(variables or {})}
+        self.process = subprocess.Popen([python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to a request.
