@@ -6,7 +6,7 @@ import os
 import sys
 
 import gptoss_jax
-from gptoss_jax.host_memory import restart_with_huge_pages
+from gptoss_jax.cli.host_memory import restart_with_huge_pages
 
 # command -> (module, function, one line of help, example)
 COMMANDS = {

@@ -99,16 +99,17 @@ def main() -> int:
     print(json.dumps({key: value for key, value in result.items() if key != "parts"}), flush=True)
     directory = Path(args.out) if args.out else Path(__file__).resolve().parent / "results"
     directory.mkdir(parents=True, exist_ok=True)
+    file = directory / ("gpu_suite_smoke.json" if args.smoke else "gpu_suite.json")  # no smoke run passes for a measurement
     for name in args.parts:
         left = end - time.perf_counter()
         part = spawn(name, args.smoke, min(LIMITS[name], left)) if left > 10 else {"error": "no time left"}
         result["parts"][name] = part
-        (directory / "gpu_suite.json").write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(part), flush=True)
     sft, qat = (result["parts"].get(name, {}).get("seconds") for name in ("step_sft", "step_qat"))
     if sft and qat:
         result["qat_step_over_sft_step"] = round(qat / sft, 4)
-        (directory / "gpu_suite.json").write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n")
         print(f"QAT step / SFT step: {result['qat_step_over_sft_step']}")
     failed = [name for name, part in result["parts"].items() if "error" in part or part.get("ok") is False]
     print(f"failed: {', '.join(failed) or 'none'}")

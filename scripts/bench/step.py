@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from gptoss_jax.host_memory import HUGE_PAGES
+from gptoss_jax.cli.host_memory import HUGE_PAGES
 from scripts.bench.common import WORKLOADS, machine, write_results
 from scripts.bench.turns import Worker, serve
 

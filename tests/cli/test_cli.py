@@ -1,5 +1,6 @@
 """The command line from outside: help, exit codes, one-line errors, and logits against transformers on a directory it has never seen."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from gptoss_jax.checkpoint import export_hf
 from gptoss_jax.cli import COMMANDS, main
+from gptoss_jax.cli.host_memory import restart_with_huge_pages
 from gptoss_jax.formats import Mxfp4
 from gptoss_jax.model import GptOssConfig, RopeConfig
 from tests.support.params import lively_params
@@ -20,6 +22,19 @@ ROOT = Path(__file__).parent.parent.parent
 
 def run(*args, **kwargs):
     return subprocess.run([sys.executable, "-m", "gptoss_jax", *map(str, args)], capture_output=True, text=True, cwd=ROOT, **kwargs)
+
+
+def test_commands_that_compute_start_again_with_large_pages_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("os.execve", lambda *call: calls.append(call))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    restart_with_huge_pages(["eval", "out/"])
+    (program, arguments, environment) = calls.pop()
+    assert program == sys.executable and arguments[1:] == ["-m", "gptoss_jax", "eval", "out/"]
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1" and environment["PATH"] == os.environ["PATH"]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    restart_with_huge_pages(["eval", "out/"])
+    assert not calls, "a choice of the user's stays"
 
 
 @pytest.mark.parametrize("args", [(), ("--help",)])
