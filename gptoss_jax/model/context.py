@@ -10,6 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 ExpertQuant = Callable[[str, Array], tuple[Array, Any]]
 
 
+def plain_cast(dtype) -> ExpertQuant:
+    """The cast to the compute dtype, without codes: SFT."""
+    return lambda projection, stored: (stored.astype(dtype), None)
+
+
 @dataclass(frozen=True)
 class Context:
     """Per-row tables and the two choices that SFT and QAT differ in: where expert weights come from, and whether to hand them out."""

@@ -7,7 +7,7 @@
 
 The router runs in float32, experts in the dtype of x with float32 accumulation.
 
-Legend: S tokens  D hidden  E experts  A experts per token  P slots of the grouped rows  F expert hidden  U=2F gate/up interleaved
+Legend: S tokens  D hidden  E experts  A experts per token  F expert hidden  U=2F gate/up interleaved
 """
 
 from typing import NamedTuple

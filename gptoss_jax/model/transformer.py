@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.config import GptOssConfig
-from gptoss_jax.model.context import Context, ExpertQuant
+from gptoss_jax.model.context import Context, ExpertQuant, plain_cast
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.moe import Moe, RouterStats
 from gptoss_jax.model.rope import rope_tables
@@ -124,10 +124,6 @@ def init_params(config: GptOssConfig, key: Array, dtype=jnp.float32) -> dict[str
     return named_leaves(nnx.split(GptOss(config, rngs=nnx.Rngs(params=key), dtype=dtype))[1])
 
 
-def _plain_cast(dtype) -> ExpertQuant:
-    return lambda name, stored: (stored.astype(dtype), None)
-
-
 def forward(
     config: GptOssConfig,
     params: Params,
@@ -159,7 +155,7 @@ def forward(
     graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
     model = nnx.merge(graph, fill_state(state, dict(params)))
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
-    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or _plain_cast(dtype), capture, backend)
+    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
     # scanned statistics come as one [repeats, ...] stack per position of the period: interleave to layer order, then the tail

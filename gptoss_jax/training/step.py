@@ -23,7 +23,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
-from gptoss_jax.model.context import ExpertQuant
+from gptoss_jax.model.context import ExpertQuant, plain_cast
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.config import TrainConfig
@@ -114,10 +114,6 @@ def _split(batch, num_microbatches: int):
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _plain_cast(dtype) -> ExpertQuant:
-    return lambda projection, stored: (stored.astype(dtype), None)
-
-
 def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array], dict[str, Any]]:
     """`params` with the compute weights of all experts in place of the stored ones, and the codes those were decoded from."""
     made = {name: expert_quant(name.rpartition(".")[2], param) for name, param in params.items() if name.endswith(PROJECTIONS)}
@@ -130,7 +126,7 @@ def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuan
     With `cast_at: step` the experts in trained and frozen are compute weights already."""
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
-        expert_quant = _plain_cast(dtype)
+        expert_quant = plain_cast(dtype)
 
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
@@ -165,7 +161,7 @@ def _gradients(
     frozen = {name: param for name, param in params.items() if name not in trained}
     to_masters, codes = lambda grads: grads, None
     if train.cast_at == "step":
-        prepare = partial(_prepare, expert_quant or _plain_cast(jnp.dtype(train.compute_dtype)))
+        prepare = partial(_prepare, expert_quant or plain_cast(jnp.dtype(train.compute_dtype)))
         trained, pull, codes = jax.vjp(prepare, trained, has_aux=True)
         frozen, frozen_codes = prepare(frozen)
         to_masters, codes = lambda grads: pull(grads)[0], {**codes, **frozen_codes}
