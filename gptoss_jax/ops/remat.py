@@ -2,7 +2,7 @@
 
     layer      only the layer's input; everything is computed again (least memory, a third more products)
     products   besides, what took a matrix product or a sort to get: q, k, v, attention output, expert products, routing. Norms, rotation, SwiGLU and
-               gathers are computed again. No product runs twice.
+               gathers are computed again; no large product runs twice.
     none       everything that differentiation asks for
 
 `products` is also faster than `none` on a CPU: intermediates that are cheap to compute cost more to write and read back.

@@ -5,7 +5,7 @@
                dup += dh.T @ x,  ddown += dy.T @ act,  db_up += sum dh,  db_down += sum dy
 
 Kept from forward to backward are h and y alone; x, act and their gradients exist for one piece. The chain over all rows (`composed`) writes and reads
-each of them in memory, which on two cores costs as much time as a third of the products.
+each of them in memory: with it a float32 step of the 9.1 M model in `scripts/bench` took 0.39 s on two cores, fused 0.36 s.
 
 Legend: S tokens  A experts per token  P slots  M rows of a piece  E experts  D hidden  F expert hidden  U=2F gate/up interleaved
 """
