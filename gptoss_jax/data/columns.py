@@ -10,8 +10,9 @@
     columns: {...}       as named: user, assistant, system, thinking, or messages
 
 In every layout but `messages`, a column `system` is the system text, and an answer of the form "<think>THOUGHTS</think>ANSWER" is split into
-thinking and content (how FalseReject marks thoughts in cot_response is not documented; without the tags all of it is the answer). Messages are taken as
-they are. An answer without thinking has no analysis channel: thoughts are neither invented nor trained to be empty; `data inspect` counts such rows.
+thinking and content (how FalseReject marks thoughts in cot_response is not documented; without the tags all of it is the answer). Messages are taken
+as they are. An answer without thinking has no analysis channel: thoughts are neither invented nor trained to be empty. `data inspect` counts such
+rows.
 """
 
 import difflib
@@ -57,7 +58,7 @@ def _turns(row: Row, user: str, answer: str, thinking: str | None = None, system
 
 
 def _blank(value: Any) -> bool:
-    return value is None or isinstance(value, str) and not value.strip()
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _messages(row: Row) -> list[Row]:
@@ -172,12 +173,10 @@ def _unknown(row: Row) -> str:
     found = f"no conversation in its columns ({', '.join(keys) or 'none'})"
     if "text" in row:
         return f"{found}: raw text has no roles, split it into messages"
-    best, missing = None, []
-    for layout in LAYOUTS:
-        close = [difflib.get_close_matches(column, keys, n=1) for column in layout.columns]
-        if sum(map(bool, close)) > (len(best.columns) - len(missing) if best else 0):
-            best, missing = layout, [column for column, near in zip(layout.columns, close) if not near]
-    if best is None:
+    close = lambda column: bool(difflib.get_close_matches(column, keys, n=1, cutoff=0.8))
+    score = {layout: sum(2 * (column in keys) + close(column) for column in layout.columns) / len(layout.columns) for layout in LAYOUTS}
+    best = max(LAYOUTS, key=score.__getitem__)
+    if not score[best]:
         return f"{found}; name them: columns: {{user: ..., assistant: ...}}"
-    absent = ", ".join(f'"{column}"' for column in best.columns if row.get(column) is None)
-    return f"{found}; nearest is the layout {best.name}, for which {absent} is missing; or name them: columns: {{user: ..., assistant: ...}}"
+    missing = ", ".join(f'"{column}"' for column in best.columns if row.get(column) is None)
+    return f"{found}; nearest is the layout {best.name}, which lacks {missing}; or name them: columns: {{user: ..., assistant: ...}}"

@@ -166,24 +166,20 @@ def _by_channel(documents: Documents, times: np.ndarray, tokenizer: Any) -> dict
     return {name: total for name, total in totals.items() if total}
 
 
-def shared(training: Selected, held_out: Selected) -> int:
-    """Held-out conversations that the training set has as well, token for token."""
-    return int(np.isin(held_out.corpus.hash_of[held_out.conversations], training.corpus.hash_of[training.conversations]).sum())
-
-
 def shared_warning(training: Selected, held_out: Selected | None) -> list[str]:
+    """Says how many held-out conversations the training set has as well, token for token; empty where none."""
     if held_out is None:
         return []
-    n = shared(training, held_out)
-    return [f"eval: {n:,} of {len(held_out.conversations):,} held-out conversations are also in the training set: its loss will look too good"] if n else []
+    both = np.isin(held_out.corpus.hash_of[held_out.conversations], training.corpus.hash_of[training.conversations])
+    text = f"eval: {both.sum():,} of {len(both):,} held-out conversations are also in the training set: its loss will look too good"
+    return [text] if both.any() else []
 
 
 def histogram(lengths: np.ndarray, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """(edges int64 [bins + 1], counts int64 [bins]) of document lengths, in bins of equal, round width."""
-    width = max(1, -(-int(lengths.max(initial=1)) // bins))
-    unit = 10 ** max(0, len(str(width)) - 1)
+    """(edges int64 [n + 1], counts int64 [n]) of document lengths, in at most `bins` + 1 bins of equal, round width."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // bins)
+    unit = 10 ** (len(str(width)) - 1)
     width = -(-width // unit) * unit
-    edges = np.arange(0, width * bins + 1, width)
-    edges = edges[: max(2, int(np.searchsorted(edges, lengths.max(initial=1))) + 1)]
+    edges = np.arange(low // width * width, high + width + 1, width)
     return edges, np.histogram(lengths, edges)[0]
-

@@ -1,5 +1,5 @@
-"""A source of conversations: where it is, which of it, how its columns are named, how much of it an epoch has. Every bad row is found in one pass; the
-message shows the first ones and counts the rest.
+"""A source of conversations: where it is, which of it, how its columns are named, how much of it an epoch has. Every bad row is found in one pass;
+the message shows the first ones and counts the rest.
 """
 
 from collections.abc import Iterator, Mapping

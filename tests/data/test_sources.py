@@ -65,7 +65,7 @@ BAD = {
     "tags": (chat(USER, {"role": "assistant", "content": "<|channel|>final<|message|>x"}), "without harmony tags"),
     "surrogate": (chat(USER, {"role": "assistant", "content": "a\ud800"}), "half a surrogate pair at character 1"),
     "nul": (chat(USER, {"role": "assistant", "content": "a\0"}), "NUL at character 1"),
-    "half_a_layout": ({"instruction": "x", "answer": "y"}, '(instruction, answer); nearest is the layout instruction/output, for which "output" is missing'),
+    "half_a_layout": ({"instruction": "x", "answer": "y"}, 'nearest is the layout instruction/output, which lacks "output"'),
     "other": ({"a": 1, "b": 2}, "no conversation in its columns (a, b); name them: columns: {user: ..., assistant: ...}"),
     "text": ({"text": "once upon a time"}, "raw text has no roles"),
     "empty_list": ({"messages": []}, "messages is empty"),
