@@ -101,7 +101,7 @@ def _read_array(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         raise CorruptError(f'{path}: neither an array of rows nor an object with one under "data" ({error})') from None
     line, counted = 1, 0
-    while text[at] != "]":
+    while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         where = f"{path}:{line}"
         try:
