@@ -114,8 +114,12 @@ class Pipeline:
 
     def pack(self, name: str, selected: "Selected") -> Packed:
         """The rows of a set. UsageError, beginning with `name`, where nothing is left to train on."""
+        documents = selected.documents
+        if not len(documents):
+            what = f"none of its {len(selected.conversations)} conversations has a message with a weight in the channels {self.train_on!r}"
+            raise UsageError(f"{name}: nothing to train: {what}")
         try:
-            return pack(selected.documents, self.row_length, packed=self.packing, too_long=self.too_long)
+            return pack(documents, self.row_length, packed=self.packing, too_long=self.too_long)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
 
