@@ -57,8 +57,8 @@ def parameters(rng: random.Random, depth: int = 3) -> dict:
     return spec
 
 
-def tools(rng: random.Random) -> list[dict]:
-    functions = [{"name": f"tool_{i}", "description": text(rng), "parameters": parameters(rng)} for i in range(rng.randint(1, 3))]
+def tools(rng: random.Random, depth: int = 3) -> list[dict]:
+    functions = [{"name": f"tool_{i}", "description": text(rng), "parameters": parameters(rng, depth)} for i in range(rng.randint(1, 3))]
     if rng.random() < 0.3:
         del functions[0]["parameters"]
     return [{"type": "function", "function": function} for function in functions]
