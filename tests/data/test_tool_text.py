@@ -60,6 +60,13 @@ def test_every_kind_of_parameter():
     assert functions_text([{"type": "function", "function": function} for function in (weather, nothing)]) == TEXT
 
 
+def test_long_elements_of_an_array_are_any():
+    for length, element in ((50, "x" * 50), (51, "any")):
+        parameters = {"properties": {"a": {"type": "array", "items": {"type": ["x" * length]}}}}
+        function = {"name": "f", "description": "d", "parameters": parameters}
+        assert f"\na?: {element}[],\n" in functions_text([{"type": "function", "function": function}])
+
+
 def test_built_in_tools_stand_in_the_order_of_the_release():
     assert builtin_tools_text([]) == ""
     both = builtin_tools_text(["python", "browser"])
