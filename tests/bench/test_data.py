@@ -10,7 +10,8 @@ from gptoss_jax.data import load_rows, load_tokenizer
 from scripts.bench import conversations, data
 
 
-def test_one_pass_is_measured_on_seeded_conversations(tmp_path):
+def test_one_pass_is_measured_on_seeded_conversations(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "NUM_BATCHES", 2)  # grain's shuffle takes 0.1 s for a batch out of so few rows
     tokenizer = load_tokenizer(NANO)
     for name in ("a", "b"):
         conversations.write(tmp_path / f"{name}.jsonl", 150, tokenizer, seed=3)
