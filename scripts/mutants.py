@@ -72,6 +72,14 @@ MUTANTS = (
     Mutant("earlier_answers_learn_end", "gptoss_jax/data/examples.py", ', label="<|return|>")', ")", EXAMPLES),
     Mutant("thoughts_of_a_loop_stay", "gptoss_jax/data/examples.py", "stale = open_thoughts and is_final(message)", "stale = bool(thought(message)) and is_final(message)", EXAMPLES),
     Mutant("tool_result_not_json", "gptoss_jax/data/rendering.py", 'to_json(message["content"]), "commentary")', 'str(message["content"]), "commentary")', EXAMPLES),
+    Mutant("held_out_rows_trained", "gptoss_jax/data/pipeline.py", "train, rest = split_rows(", "_, rest = split_rows(", "tests/data/test_pipeline.py"),
+    Mutant("weight_of_the_wrong_source", "gptoss_jax/data/pipeline.py", "for count in corpus.counts], seed)", "for count in corpus.counts[::-1]], seed)",
+           "tests/data/test_pipeline.py"),
+    Mutant("documents_shifted_by_one_token", "gptoss_jax/data/documents.py", "dtype=np.int64) - lengths, lengths)", "dtype=np.int64) - lengths + 1, lengths)",
+           "tests/data/test_pipeline.py"),
+    Mutant("labels_taken_from_ids", "gptoss_jax/data/documents.py", "labels = ids if same else", "labels = ids if True else", "tests/data/test_pipeline.py"),
+    Mutant("system_text_lost", "gptoss_jax/data/columns.py", '"system", "content": _text(row, system)}] if', '"system", "content": _text(row, system)}][:0] if',
+           "tests/data/test_columns.py"),
 )  # fmt: skip
 
 
