@@ -46,7 +46,14 @@ def read(path: str, split: str | None = None) -> Rows:
         raise UsageError(f"{path}: cannot tell what this is; give a {', '.join(READERS)} file, a directory of them or one saved by datasets")
     if split is not None:
         raise UsageError(f"{path} is a single file: it has no split {split!r}")
-    return READERS[local.suffix](local)
+    return _read_file(local)
+
+
+def _read_file(path: Path) -> Rows:
+    try:
+        yield from READERS[path.suffix](path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def _read_shards(path: Path, split: str | None) -> Rows:
         raise UsageError(f"{path} has the splits {', '.join(names)}: choose one")
     for shard, name in zip(shards, splits):
         if split is None or name == split:
-            yield from READERS[shard.suffix](shard)
+            yield from _read_file(shard)
 
 
 def _split_of(shard: Path) -> str | None:

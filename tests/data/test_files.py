@@ -1,6 +1,7 @@
 """Every kind of file, directory and hub name gives its rows in order, each with its place; what cannot be read gets one clear line."""
 
 import json
+import random
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -131,6 +132,40 @@ def test_a_hub_name_without_network_gets_one_line_that_says_how(monkeypatch):
 def test_a_path_that_is_no_hub_name_is_no_such_file(path):
     with pytest.raises(UsageError, match="no such file or directory"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_file_that_may_not_be_read_gets_one_line(tmp_path, monkeypatch, name):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).write_text("[]")
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(UsageError, match=rf"{name} cannot be read \(Permission denied\)"):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
+def test_damaged_files_end_in_named_errors(tmp_path, name):
+    """Bytes changed, cut and repeated at random: rows, bad rows, or one of our errors, never anything else."""
+    path = tmp_path / name
+    good = [{**row(i), "text": "é\n\\"} for i in range(20)]
+    if name == "d.parquet":
+        parquet(path, *good)
+    else:
+        path.write_text("\n".join(map(json.dumps, good)) if name == "d.jsonl" else json.dumps(good, indent=1))
+    data, rng = path.read_bytes(), random.Random(0)
+    outcomes = set()
+    for _ in range(150):
+        at, n = rng.randrange(len(data)), rng.randrange(1, 30)
+        damage = rng.choice([bytes(rng.randrange(256) for _ in range(n)), b"", data[at : at + n] * 2, b"{", b"]", b'"'])
+        path.write_bytes(data[:at] + damage + data[at + n :])
+        try:
+            outcomes.add(bool(load_rows(path, skip_bad_rows=True).problems))
+        except (CorruptError, UsageError) as error:
+            assert "d." in str(error)
+            outcomes.add("refused")
+    assert len(outcomes) > 1
 
 
 def test_limit_takes_the_first_rows(tmp_path):
