@@ -159,11 +159,21 @@ def _read_parquet(path: Path) -> Rows:
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in _rows_of(batch):
                 number += 1
                 yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CorruptError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is no readable Parquet file: {_first_line(error)}") from error
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """The rows of a piece of a table; one whose text is no UTF-8 (Parquet does not check) is bad, the others are not."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [BadRow(f"not UTF-8 at byte {error.start} of a text")]
+        return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
 
 
 READERS = {".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_array, ".parquet": _read_parquet}
@@ -211,8 +221,16 @@ def _read_saved(path: Path, split: str | None) -> Rows:
         loaded = loaded[split]
     elif split is not None:
         raise UsageError(f"{path} is one data set without splits: it has no {split!r}")
-    for number, row in enumerate(loaded, 1):
-        yield f"{path}: row {number}", row
+    yield from _numbered(loaded, str(path))
+
+
+def _numbered(loaded: Any, name: str) -> Rows:
+    """Rows of a `datasets.Dataset`."""
+    try:
+        for number, row in enumerate(loaded, 1):
+            yield f"{name}: row {number}", row
+    except Exception as error:  # as above; a file is only read when its rows are
+        raise CorruptError(f"{name}: a row cannot be read: {_first_line(error)}") from error
 
 
 def _read_hub(name: str, config: str | None, split: str | None) -> Rows:
@@ -229,8 +247,7 @@ def _read_hub(name: str, config: str | None, split: str | None) -> Rows:
         if len(loaded) > 1:
             raise UsageError(f"{name} has the splits {', '.join(loaded)}: choose one, as {name}@{next(iter(loaded))}")
         loaded = next(iter(loaded.values()))
-    for number, row in enumerate(loaded, 1):
-        yield f"{name}: row {number}", row
+    yield from _numbered(loaded, name)
 
 
 def _no_hub(name: str, error: Exception) -> str:

@@ -134,6 +134,16 @@ def test_a_path_that_is_no_hub_name_is_no_such_file(path):
         read(path)
 
 
+def test_text_of_a_parquet_row_that_is_no_utf8_is_named_and_the_others_are_read(tmp_path):
+    parquet(tmp_path / "d.parquet", *(row(i) for i in range(3)))
+    table = pyarrow.parquet.read_table(tmp_path / "d.parquet")
+    broken = pa.array([b"ok", b"\xff", b"ok"]).view(pa.string())
+    pyarrow.parquet.write_table(table.append_column("note", broken), tmp_path / "d.parquet")
+    loaded = load_rows(tmp_path / "d.parquet", skip_bad_rows=True)
+    assert [r["i"] for r in loaded.rows] == [0, 2]
+    assert loaded.problems == [f"{tmp_path}/d.parquet: row 2: not UTF-8 at byte 0 of a text"]
+
+
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
 def test_a_file_that_may_not_be_read_gets_one_line(tmp_path, monkeypatch, name):
     def refuse(*args, **kwargs):
