@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gptoss_jax.data import Source, load_rows
-from gptoss_jax.data import files as files_module
+from gptoss_jax.data import Source, json_rows, load_rows
 from gptoss_jax.data.files import read
 from gptoss_jax.errors import CorruptError, UsageError
 
@@ -72,7 +71,7 @@ def test_a_line_of_10_mb_is_read_and_one_without_end_is_not(tmp_path, monkeypatc
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in (ROW, long, ROW)))
     assert load_rows(path).rows == [ROW, long, ROW]
-    monkeypatch.setattr(files_module, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 1 << 20)
     loaded = load_rows(path, skip_bad_rows=True)
     assert loaded.rows == [ROW, ROW] and loaded.problems == [f"{path}:2: the line is longer than 1 MiB"]
 
