@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.data.sources import load_rows
+from gptoss_jax.data.messages import BadRow
+from gptoss_jax.data.sources import _read_jsonl, _read_parquet, load_rows
 from gptoss_jax.errors import CorruptError, UsageError
 
 
@@ -53,3 +54,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise CorruptError(f"{path}:{reader.line_num}: no readable CSV: {error}") from None
         except UnicodeDecodeError as error:
             raise CorruptError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        raise UsageError(f"no such file: {path}")
+    if path.suffix not in (".jsonl", ".ndjson", ".parquet"):
+        raise UsageError(f"{path}: prompts come in a .csv, .jsonl or .parquet file")
+    for where, row in (_read_parquet if path.suffix == ".parquet" else _read_jsonl)(path):
+        if not isinstance(row, dict):
+            raise CorruptError(f"{where}: {row if isinstance(row, BadRow) else 'the row is no object'}")
+        yield where, row

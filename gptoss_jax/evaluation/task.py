@@ -29,7 +29,8 @@ import gptoss_jax
 from gptoss_jax.data.harmony import system_text
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.questions import read_questions
-from gptoss_jax.evaluation.scorers import Exact, Scorer, make_scorer
+from gptoss_jax.evaluation.scorer_spec import make_scorer
+from gptoss_jax.evaluation.scorers import EXACT, Scorer
 from gptoss_jax.strict_yaml import read_mapping
 
 BUILT_IN = Path(gptoss_jax.__file__).parent / "nano" / "tasks"
@@ -41,7 +42,7 @@ class Task:
     """What is measured. `data` may be None where the rows are handed over by the caller (a recipe's held-out part)."""
 
     name: str
-    scorer: Scorer = Exact()
+    scorer: Scorer = EXACT
     data: Path | str | None = None
     prompt: str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
