@@ -3,8 +3,8 @@
     full layers     [.., B, K, S, H], S = the longest row that fits
     sliding layers  [.., B, K, S, H], S = the window (128 in the releases): a ring, position p lies in slot p mod S
 
-Layers at one position of the repeating pattern are stacked, as their weights are. Rows may have different lengths. On a CPU bfloat16 is kept as uint16
-bits, because XLA:CPU widens a whole bfloat16 array to float32 to read or write a slice of it.
+Layers at one position of the repeating pattern are stacked, as their weights are. Rows may have different lengths. On a CPU bfloat16 is kept as
+uint16 bits, because XLA:CPU widens a whole bfloat16 array to float32 to read or write a slice of it.
 
 gpt-oss-20b in bfloat16: 24 KiB per token and row in the full layers, and 3 MiB per row in the sliding ones however long it gets.
 
