@@ -16,7 +16,7 @@ from gptoss_jax.errors import RunError, UsageError
 
 pytest.importorskip("requests", reason="endpoints need the package requests")
 
-from gptoss_jax.evaluation.endpoint import API_KEY, Endpoint  # noqa: E402
+from gptoss_jax.evaluation.endpoint import API_KEY, Endpoint
 
 QUESTION = [{"messages": [{"role": "user", "content": "Spell out 7."}]}]
 
@@ -66,7 +66,7 @@ def fake():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     fake.url = f"http://127.0.0.1:{server.server_port}"
     yield fake
@@ -165,10 +165,11 @@ def test_the_key_of_the_environment_is_sent_and_never_shown(fake, tokenizer, mon
     endpoint = Endpoint(fake.url, tokenizer)
     endpoint.answer(QUESTION)
     assert fake.headers[-1]["Authorization"] == "Bearer geheim-123" and "geheim" not in endpoint.describe() + repr(endpoint)
-    fake.completion = lambda body: (401, {"error": {"message": "bad key geheim-123"}})
-    with pytest.raises(UsageError, match=f"environment variable {API_KEY}") as caught:
-        endpoint.answer(QUESTION)
-    assert "geheim" not in str(caught.value)
+    for status, expected in ((401, f"environment variable {API_KEY}"), (400, "bad key \\*\\*\\*")):
+        fake.completion = lambda body, status=status: (status, {"error": {"message": "bad key geheim-123"}})
+        with pytest.raises(UsageError, match=expected) as caught:
+            endpoint.answer(QUESTION)
+        assert "geheim" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

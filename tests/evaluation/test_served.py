@@ -1,6 +1,6 @@
 """A real llama.cpp server says what our model says; the comparison finds that out, and finds out when another model is served.
 
-The served model is nano with YaRN's correction range in whole dimensions (`truncate: true`), which is how llama.cpp computes it whatever a config says.
+The served model is nano with YaRN's correction range in whole dimensions (`truncate: true`), which is how llama.cpp computes it in any case.
 """
 
 import dataclasses
