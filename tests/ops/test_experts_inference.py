@@ -2,7 +2,7 @@
 
 from functools import partial
 
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,10 +33,11 @@ def operands(rows: int, dtype="float32"):
 def test_equals_the_experts_of_training(rows):
     """One token, few rows, and from 86 tokens on the pieces of training."""
     x, experts, weights, params = operands(rows)
+    without = jax.jit(lambda first: expert_mlp_inference(x, experts, weights, *params, first=first, num_experts=E, limit=LIMIT, backend="xla"))
+    training = jax.jit(lambda params: expert_mlp(x, experts, weights, *params, limit=LIMIT, backend="xla"))
     for layer in (0, 2):
-        of_layer = [p[layer * E : (layer + 1) * E] for p in params]
-        want = expert_mlp(x, experts, weights, *of_layer, limit=LIMIT, backend="xla")
-        got = expert_mlp_inference(x, experts, weights, *params, first=jnp.int32(layer * E), num_experts=E, limit=LIMIT, backend="xla")
+        want = training([p[layer * E : (layer + 1) * E] for p in params])
+        got = without(layer * E)
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
@@ -44,7 +45,11 @@ def test_equals_the_experts_of_training(rows):
 def test_bits_of_bfloat16_and_packed_codes_give_the_bits_of_plain_weights(rows):
     x, experts, weights, (up, bias_up, down, bias_down) = operands(rows, "bfloat16")
     codes = [mxfp4.encode(w) for w in (up, down)]
-    run = lambda up, down: expert_mlp_inference(x, experts, weights, up, bias_up, down, bias_down, first=E, num_experts=E, limit=LIMIT, backend="xla")
+
+    @jax.jit
+    def run(up, down):
+        return expert_mlp_inference(x, experts, weights, up, bias_up, down, bias_down, first=E, num_experts=E, limit=LIMIT, backend="xla")
+
     as_bits = lambda w: lax.bitcast_convert_type(w, jnp.uint16)
     plain = [mxfp4.decode(q, jnp.bfloat16) for q in codes]
     want = run(*plain)
@@ -68,12 +73,12 @@ def test_kernels_find_the_layer_in_the_stack(packed):
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize("tokens, per_token, experts", [(8, 4, 32), (1, 4, 32), (32, 4, 8), (5, 3, 8), (64, 4, 128), (2, 1, 1)])
-@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("tokens, per_token, experts, rows", [(8, 4, 32, 8), (32, 4, 8, 16), (64, 4, 128, 8), (2, 1, 1, 8), (5, 3, 8, 1)])
 def test_grouping_by_comparison_equals_grouping_by_sorting(tokens, per_token, experts, rows):
     rng = np.random.default_rng(0)
     chosen = jnp.asarray(np.stack([rng.permutation(experts)[:per_token] for _ in range(tokens)]), jnp.int32)
-    for got, want in zip(group_few_rows(chosen, experts, rows), group_rows(chosen, experts, rows)):
+    both = jax.jit(lambda chosen: (group_few_rows(chosen, experts, rows), group_rows(chosen, experts, rows)))
+    for got, want in zip(*both(chosen), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
 
@@ -84,6 +89,6 @@ def test_no_product_for_rows_that_do_not_exist():
     unused = sorted(set(range(E)) - set(np.asarray(experts).ravel().tolist())) or [E - 1]
     experts = jnp.where(jnp.isin(experts, jnp.asarray(unused)), (experts + 1) % E, experts)
     broken = [p.at[jnp.asarray(unused)].set(jnp.nan) for p in params]
+    run = jax.jit(lambda *rows: expert_mlp_inference(*rows, *broken, first=0, num_experts=E, limit=LIMIT, backend="xla"))
     for rows in (1, 9):
-        out = expert_mlp_inference(x[:rows], experts[:rows], weights[:rows], *broken, first=0, num_experts=E, limit=LIMIT, backend="xla")
-        assert jnp.isfinite(out).all()
+        assert jnp.isfinite(run(x[:rows], experts[:rows], weights[:rows])).all()
