@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.models import Model, carried_files, load_model
 from gptoss_jax.checkpoint.source import open_checkpoint
-from gptoss_jax.data import BatchStream, Packed, encode_conversations, load_rows, load_tokenizer, one_pass, pack, system_text
+from gptoss_jax.data import BatchStream, Packed, System, encode_examples, load_rows, load_tokenizer, one_pass, pack
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
@@ -46,9 +46,10 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
 
 
 def load_packed(path: str, tokenizer: Any, data: DataConfig) -> Packed:
-    """Conversations of a file or directory, rendered, tokenized and packed as the config says."""
-    system = system_text(data.system_date, data.reasoning_effort) if data.system_date else None
-    documents = encode_conversations(load_rows(path).rows, tokenizer, system=system, train_on=data.loss)
+    """Conversations of a file or directory, rendered, tokenized and packed as the config says; every turn of each is trained."""
+    system = System(data.system_date, data.reasoning_effort) if data.system_date else None
+    examples = encode_examples(load_rows(path).rows, tokenizer, system=system, train_on=data.loss)
+    documents = [document for of_row in examples for document in of_row]
     return pack(documents, data.row_length, packed=data.packing, too_long=data.too_long)
 
 
