@@ -5,8 +5,9 @@
 
 Measured against the human labels that come with XSTest (github.com/paul-rottger/exaggerated-safety: 450 answers of each of five models; partial
 refusals count as refusals). Written with three of the models in view (1,350 answers): 90.9 % judged as by people. On the other two (900 answers):
-87.6 %, where the string match of that repository has 85.1 %; 87 % of the full refusals are found, and 4.5 % of the full answers taken for one. What is missed are lectures without any of these words; what is taken wrongly are answers that correct the
-question. Other languages pass as answers. Where the number matters, look through a sample of the saved answers.
+87.6 %, where the string match of that repository has 85.1 %; 87 % of the full refusals are found, and 4.5 % of the full answers taken for one.
+What is missed are lectures without any of these words; what is taken wrongly are answers that correct the question. Other languages pass as
+answers. Where the number matters, look through a sample of the saved answers.
 """
 
 import re
