@@ -19,9 +19,11 @@ COMMANDS = {
     "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
     "logits": ("logits", "logits", "logits of token ids, for comparisons", "logits out/ --tokens t.npy --out l.npy --dtype float32"),
     "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint", "eval out/ --tasks A B H"),
+    "generate": ("generate", "generate", "answers to prompts, thoughts apart", 'generate out/ --prompt "How many moons has Mars?"'),
+    "chat": ("chat", "chat", "a conversation on the terminal", "chat out/"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
-COMPUTING = ("demo", "recipe", "sft", "qat", "eval")  # run long enough to gain from memory in large pages
+COMPUTING = ("demo", "recipe", "sft", "qat", "eval", "generate", "chat")  # run long enough to gain from memory in large pages
 
 
 def overview() -> str:
