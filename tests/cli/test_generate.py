@@ -108,7 +108,8 @@ def test_thoughts_are_marked_and_not_shown_to_the_model_again(tokenizer, capsys)
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(tokenizer, capsys):
-    talking = talk(tokenizer, ("<|channel|>final<|message|>It begins", KeyboardInterrupt()), ("<|channel|>analysis<|message|>Hm", KeyboardInterrupt()))
+    stop = KeyboardInterrupt()
+    talking = talk(tokenizer, ("<|channel|>final<|message|>It begins", stop), ("<|channel|>analysis<|message|>Hm", stop))
     talking.ask("First?")
     talking.ask("Second?")
     assert capsys.readouterr().out == "It begins\n(stopped)\n[analysis] Hm\n(stopped)\n"
