@@ -98,6 +98,13 @@ def test_quantizing_once_gives_the_weights_of_every_forward_pass_bit_for_bit(fmt
     assert all(ready[name] is value for name, value in params.items() if name not in out.captured), "nothing else is copied"
 
 
+def test_weights_that_need_no_change_are_not_copied(tiny_config):
+    params = lively_params(tiny_config)
+    for quant in (None, make_expert_quant(None, jnp.float32)):
+        ready = prepare_params(params, jnp.float32, quant)
+        assert all(ready[name] is value for name, value in params.items())
+
+
 @pytest.mark.slow
 def test_experts_that_stay_packed_give_the_same_logits(tiny_config):
     params, tokens = lively_params(tiny_config), random_tokens(tiny_config, 3)
