@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY = "tests/model/test_transformers_parity.py -k module_matches"
 EXAMPLES = "tests/data/test_examples.py --deselect tests/data/test_examples.py::test_loss_of_shared_documents_is_that_of_one_document_for_each_turn"
 CODEC = "tests/formats/test_mxfp4.py"
+DECODE = "tests/ops/test_decode_attention.py"
+CACHE = "tests/model/test_inference.py -k alternating_with_tail"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ MUTANTS = (
            "tests/ops/test_attention.py -k equal_dense"),
     Mutant("sink_not_in_softmax", "gptoss_jax/ops/attention/triton_kernels.py", "jnp.ones(token_R.shape, jnp.float32)", "jnp.zeros(token_R.shape, jnp.float32)",
            "tests/ops/test_attention.py -k equal_dense"),
+    Mutant("cached_window_128_is_129", "gptoss_jax/ops/attention/decode.py", "lengths_B[:, None] - position_BS < window", "lengths_B[:, None] - position_BS <= window", DECODE),
+    Mutant("cached_sink_dropped", "gptoss_jax/ops/attention/decode.py", "+ own_BKG + jnp.exp(sinks_KG - top_BKG)", "+ own_BKG", DECODE),
+    Mutant("ring_slot_off_by_one", "gptoss_jax/model/cache.py", "lengths_B % cache.slots", "(lengths_B + 1) % cache.slots", CACHE),
+    Mutant("cached_position_off_by_one", "gptoss_jax/model/inference.py", "_context(lengths_B[:, None],", "_context(lengths_B[:, None] + 1,", CACHE),
+    Mutant("prefill_keeps_the_first_window", "gptoss_jax/model/cache.py", "index = jnp.clip(position_BS, 0, tokens - 1)", "index = jnp.clip(position_BS % cache.slots, 0, tokens - 1)", CACHE),
+    Mutant("resting_rows_get_longer", "gptoss_jax/model/inference.py", "active_B.astype(jnp.int32)", "1", "tests/model/test_inference.py -k rest"),
     Mutant("nibbles_swapped", "gptoss_jax/formats/bits.py", "pairs << jnp.array([0, 4], jnp.uint32)", "pairs << jnp.array([4, 0], jnp.uint32)", CODEC),
     Mutant("block_axis", "gptoss_jax/quant/fake_quant.py", "_encode_decode(jnp.moveaxis(x, axis, -1), fmt", "_encode_decode(jnp.moveaxis(x, -2, -1), fmt", "tests/quant"),
     Mutant("scale_bias_126", "gptoss_jax/formats/mxfp4.py", "jnp.where(is_finite, finite_scales, NAN_SCALE)", "jnp.where(is_finite, finite_scales + 1, NAN_SCALE)", CODEC),

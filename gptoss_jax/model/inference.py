@@ -8,6 +8,7 @@ Legend: B rows  T tokens of a prompt, padded  V vocab
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,34 +33,31 @@ def prepare_params(params: Params, dtype, expert_quant: ExpertQuant | None = Non
     Arrays that need no change are handed through, not copied. Expert projections that are MXFP4 codes already stay packed. On a CPU bfloat16 arrays
     are kept as uint16 bits (`gptoss_jax.ops.grouped_matmul.xla.bits`).
     """
-    dtype, quant = jnp.dtype(dtype), expert_quant or plain_cast(dtype)
+    dtype = jnp.dtype(dtype)
     as_bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
 
     def one(name: str, value):
-        if isinstance(value, mxfp4.Codes):
-            return value
         projection = _EXPERT_MATRIX.search(name)
-        if projection is None and not _CAST.search(name):
+        if isinstance(value, mxfp4.Codes) or not (projection or _CAST.search(name)):
             return value
-        return _ready(value, projection and projection[1], quant, dtype, as_bits)
+        quant = projection and expert_quant and partial(expert_quant, projection[1])
+        if quant and jax.eval_shape(quant, value)[1] is None:
+            quant = None  # it has no codes: a cast
+        unchanged = quant is None and value.dtype == dtype and not as_bits
+        return value if unchanged else _ready(value, projection[1] if quant else None, expert_quant if quant else None, dtype, as_bits)
 
     return {name: one(name, value) for name, value in params.items()}
 
 
-def _ready(value, projection: str | None, quant: ExpertQuant, dtype, as_bits: bool):
-    """Layer by layer where stacked, so that what quantization needs besides its result is one layer's."""
-
-    def run(value):
-        if projection is None:
-            ready = value.astype(dtype)
-        elif value.ndim == 4:
-            ready = lax.map(lambda layer: quant(projection, layer)[0], value)
-        else:
-            ready = quant(projection, value)[0]
-        return bits(ready) if as_bits else ready
-
-    unchanged = value.dtype == dtype and not as_bits and projection is None
-    return value if unchanged else jax.jit(run)(value)
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _ready(value, projection: str | None, quant: ExpertQuant | None, dtype, as_bits: bool):
+    """The compute weight of one parameter; quantized layer by layer, so that what this needs besides its result is one layer's."""
+    if quant is None:
+        ready = value.astype(dtype)
+    else:
+        of_layer = lambda layer: quant(projection, layer)[0]
+        ready = lax.map(of_layer, value) if value.ndim == 4 else of_layer(value)
+    return bits(ready) if as_bits else ready
 
 
 def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, lengths_B=None) -> Context:

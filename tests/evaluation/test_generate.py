@@ -1,5 +1,6 @@
 """Generation token for token: against transformers, against running the whole prefix again, across batches, chunks and stops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gptoss_jax.evaluation.greedy import greedy_decode
 from gptoss_jax.evaluation.predict import make_predict
 from gptoss_jax.evaluation.sampling import Sampling
 from gptoss_jax.quant import default_policy, make_expert_quant
+from gptoss_jax.sharding import make_mesh, param_shardings
 from tests.support.params import lively_params
 
 LENGTHS = (3, 30, 11, 20)  # the window is 7
@@ -91,6 +93,7 @@ def test_answers_do_not_depend_on_batches_or_streaming(tiny_config, params, prom
         assert [token for j, token in seen if j == i] == tokens.tolist()
 
 
+@pytest.mark.slow
 def test_samples_of_a_row_do_not_depend_on_the_others(tiny_config, params, prompts, generator):
     sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=11)
     together = generator.generate(prompts, NEW, sampling=sampling)
@@ -123,6 +126,13 @@ def test_new_weights_and_new_lengths_of_a_size_compile_nothing(tiny_config, para
     assert (module._start._cache_size(), module._go_on._cache_size()) == before
     sizes = {bucket(n) for n in range(1, 131073)}
     assert len(sizes) == 27 and all(n <= bucket(n) <= max(16, 1.5 * n) for n in range(1, 5000))
+
+
+@pytest.mark.slow
+def test_sharded_parameters_write_the_same_tokens(tiny_config, params, prompts, written):
+    shardings = param_shardings(tiny_config, make_mesh(fsdp=2, expert=2, tensor=2))
+    sharded = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
+    equal(Generator(tiny_config, sharded, jnp.float32).generate(prompts, NEW), written)
 
 
 def test_no_prompts_give_no_answers(generator):

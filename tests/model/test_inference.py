@@ -59,7 +59,7 @@ def random_tokens(config, rows):
     return np.random.default_rng(1).integers(0, config.vocab_size, (rows, TOKENS)).astype(np.int32)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["alternating_with_tail", pytest.param("irregular", marks=pytest.mark.slow)])
 def test_cached_logits_equal_those_of_the_forward_pass(pattern, tiny_config):
     config = with_pattern(tiny_config, PATTERNS[pattern])
     params, tokens = lively_params(config), random_tokens(config, len(PROMPTS))
@@ -75,6 +75,7 @@ def test_a_single_row_takes_another_way_through_the_experts_to_the_same_logits(t
     assert_close(got, whole(tiny_config, params, tokens, jnp.float32))
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_no_more_than_the_forward_pass(tiny_config):
     """Both are judged by the float32 model of the same weights; routing flips make single logits meaningless."""
     params, tokens = lively_params(tiny_config, dtype=jnp.bfloat16), random_tokens(tiny_config, len(PROMPTS))
@@ -97,6 +98,14 @@ def test_quantizing_once_gives_the_weights_of_every_forward_pass_bit_for_bit(fmt
     assert all(ready[name] is value for name, value in params.items() if name not in out.captured), "nothing else is copied"
 
 
+def test_weights_that_need_no_change_are_not_copied(tiny_config):
+    params = lively_params(tiny_config)
+    for quant in (None, make_expert_quant(None, jnp.float32)):
+        ready = prepare_params(params, jnp.float32, quant)
+        assert all(ready[name] is value for name, value in params.items())
+
+
+@pytest.mark.slow
 def test_experts_that_stay_packed_give_the_same_logits(tiny_config):
     params, tokens = lively_params(tiny_config), random_tokens(tiny_config, 3)
     fmt = Mxfp4()
@@ -147,6 +156,7 @@ def test_steps_lower_for_cuda(backend, tiny_config):
         assert ("grouped_matmul" in text) == (backend == "triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"expert": 4, "tensor": 2}], ids=str)
 def test_sharded_parameters_give_the_logits_of_one_device(axes, tiny_config):
     params, tokens = lively_params(tiny_config), random_tokens(tiny_config, len(PROMPTS))
