@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY = "tests/model/test_transformers_parity.py -k module_matches"
 EXAMPLES = "tests/data/test_examples.py --deselect tests/data/test_examples.py::test_loss_of_shared_documents_is_that_of_one_document_for_each_turn"
 CODEC = "tests/formats/test_mxfp4.py"
+DECODE = "tests/ops/test_decode_attention.py"
+CACHE = "tests/model/test_inference.py -k alternating_with_tail"
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,22 @@ MUTANTS = (
            "tests/ops/test_attention.py -k equal_dense"),
     Mutant("sink_not_in_softmax", "gptoss_jax/ops/attention/triton_kernels.py", "jnp.ones(token_R.shape, jnp.float32)", "jnp.zeros(token_R.shape, jnp.float32)",
            "tests/ops/test_attention.py -k equal_dense"),
+    Mutant("cached_window_128_is_129", "gptoss_jax/ops/attention/decode.py", "lengths_B[:, None] - position_BS < window", "lengths_B[:, None] - position_BS <= window", DECODE),
+    Mutant("cached_sink_dropped", "gptoss_jax/ops/attention/decode.py", "+ own_BKG + jnp.exp(sinks_KG - top_BKG)", "+ own_BKG", DECODE),
+    Mutant("ring_slot_off_by_one", "gptoss_jax/model/cache.py", "lengths_B % cache.slots", "(lengths_B + 1) % cache.slots", CACHE),
+    Mutant("cached_position_off_by_one", "gptoss_jax/model/inference.py", "_context(lengths_B[:, None],", "_context(lengths_B[:, None] + 1,", CACHE),
+    Mutant("prefill_keeps_the_first_window", "gptoss_jax/model/cache.py", "index = jnp.clip(position_BS, 0, tokens - 1)", "index = jnp.clip(position_BS % cache.slots, 0, tokens - 1)", CACHE),
+    Mutant("resting_rows_get_longer", "gptoss_jax/model/inference.py", "active_B.astype(jnp.int32)", "1", "tests/model/test_inference.py -k rest"),
     Mutant("nibbles_swapped", "gptoss_jax/formats/bits.py", "pairs << jnp.array([0, 4], jnp.uint32)", "pairs << jnp.array([4, 0], jnp.uint32)", CODEC),
     Mutant("block_axis", "gptoss_jax/quant/fake_quant.py", "_encode_decode(jnp.moveaxis(x, axis, -1), fmt", "_encode_decode(jnp.moveaxis(x, -2, -1), fmt", "tests/quant"),
     Mutant("scale_bias_126", "gptoss_jax/formats/mxfp4.py", "jnp.where(is_finite, finite_scales, NAN_SCALE)", "jnp.where(is_finite, finite_scales + 1, NAN_SCALE)", CODEC),
     Mutant("ties_away", "gptoss_jax/formats/block_grid.py", "2 * _STEP + _ROUND - g.one", "2 * _STEP + _ROUND + 1 - g.one", CODEC),
     Mutant("rceil_is_floor", "gptoss_jax/formats/scale_rules.py", "bump = (amax & _MANTISSA) > 0x400000", "bump = 0", CODEC),
+    Mutant("kl_the_other_way", "gptoss_jax/evaluation/compare.py", "jnp.sum(jnp.exp(a_SV) * (a_SV - b_SV), axis=1)", "jnp.sum(jnp.exp(b_SV) * (a_SV - b_SV), axis=1)",
+           "tests/evaluation/test_compare.py -k definitions"),
+    Mutant("served_place_off_by_one", "gptoss_jax/evaluation/served.py", "packed.start_of[i] + t - 1) for", "packed.start_of[i] + t) for",
+           "tests/evaluation/test_served.py -k recognised"),
+    Mutant("cut_answer_counts_as_stopped", "gptoss_jax/evaluation/endpoint.py", 'completion.finish_reason == "stop"', "True", "tests/evaluation/test_endpoint.py"),
     Mutant("experts_not_transposed", "gptoss_jax/checkpoint/hf_layout.py", 'return self.naming == "hf" and self.experts == "bf16"', "return False", "tests/checkpoint/test_load.py"),
     Mutant("old_thoughts_shown", "gptoss_jax/data/rendering.py", "with_thought=i > answered", "with_thought=True", EXAMPLES),
     Mutant("earlier_answers_learn_end", "gptoss_jax/data/examples.py", ', label="<|return|>")', ")", EXAMPLES),

@@ -17,6 +17,8 @@ from jax import lax
 
 from gptoss_jax.checkpoint.hf_layout import Piece, pieces_of
 from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint, open_checkpoint
+from gptoss_jax.errors import UsageError
+from gptoss_jax.formats import mxfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
 
 PIECE_BYTES = 128 << 20
@@ -27,13 +29,16 @@ def load_params(
     path: str | Path | SourceCheckpoint,
     dtype=jnp.bfloat16,
     shardings: dict[str, jax.sharding.Sharding] | None = None,
-) -> tuple[GptOssConfig, dict[str, jax.Array]]:
+    *,
+    packed: bool = False,
+) -> tuple[GptOssConfig, dict[str, jax.Array | mxfp4.Codes]]:
     """Parameters of any checkpoint that `open_checkpoint` reads, decoded to `dtype` (bfloat16 or float32).
 
     MXFP4 decodes exactly in both dtypes; float32 sources are rounded to nearest even in bfloat16.
 
     Args:
       shardings: sharding per parameter name; None puts everything on the first device.
+      packed: expert matrices of an MXFP4 checkpoint stay codes (for generation; on one device).
 
     Raises:
       UsageError, CorruptError: as `open_checkpoint`; also NaN or infinite weights and scale bytes that bfloat16 cannot hold.
@@ -42,12 +47,34 @@ def load_params(
     if shardings is None:
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = dict.fromkeys(abstract_params(source.config), single)
-    params = {name: _load_leaf(source, name, leaf.shape, np.dtype(dtype), shardings[name]) for name, leaf in abstract_params(source.config).items()}
-    return source.config, params
+    elif packed:
+        raise UsageError("packed experts cannot be sharded over devices: load them decoded")
+    if packed and source.layout.experts != "mxfp4":
+        raise UsageError(f"{source.path}: only MXFP4 experts can stay packed, these are {source.layout.experts.upper()}")
+
+    def load(name: str, shape: tuple[int, ...]):
+        pieces = pieces_of(source.config, name, shape)
+        if packed and pieces[0].row.matrix:
+            return _load_codes(source, pieces, shape, *shardings[name].addressable_devices)
+        return _load_leaf(source, pieces, shape, np.dtype(dtype), shardings[name])
+
+    return source.config, {name: load(name, leaf.shape) for name, leaf in abstract_params(source.config).items()}
 
 
-def _load_leaf(source: SourceCheckpoint, name: str, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-    pieces = pieces_of(source.config, name, shape)
+def _load_codes(source: SourceCheckpoint, pieces: list[Piece], shape: tuple[int, ...], device: jax.Device) -> mxfp4.Codes:
+    """A leaf of expert matrices as stored, layer by layer."""
+    *outer, width = shape
+    codes = mxfp4.Codes(*(jnp.zeros((*outer, width // per_byte), jnp.uint8, device=device) for per_byte in (2, mxfp4.BLOCK_SIZE)))
+    for piece in pieces:
+        found = source.read(piece, tuple(slice(0, size) for size in piece.shape)).codes
+        offsets = np.array([0] * len(piece.shape) if piece.slot is None else [piece.slot] + [0] * len(piece.shape), np.int32)
+        layer = (np.ascontiguousarray(x if piece.slot is None else x[None]) for x in found)
+        codes = mxfp4.Codes(*(_write(old, jax.device_put(new, device), offsets) for old, new in zip(codes, layer)))
+        jax.block_until_ready(codes)  # transfers are asynchronous: without this, layers pile up in host memory
+    return codes
+
+
+def _load_leaf(source: SourceCheckpoint, pieces: list[Piece], shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
     shards = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         ranges = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))

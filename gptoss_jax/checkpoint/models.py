@@ -40,8 +40,10 @@ class Model:
         return make_expert_quant(self.policy, dtype)
 
 
-def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Model:
+def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None, *, packed: bool = False) -> Model:
     """Loads any model. `dtype` is that of decoded weights; the masters of a training checkpoint keep their own.
+
+    `packed` leaves the expert matrices of an MXFP4 checkpoint as codes, which `model.inference` runs on and nothing else.
 
     Raises:
       UsageError, CorruptError: nothing readable at `path`, or damaged.
@@ -49,8 +51,10 @@ def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sha
     found = orbax_store.locate(path)
     if found is None:
         source = open_checkpoint(path)
-        config, params = load_params(source, dtype, shardings)
+        config, params = load_params(source, dtype, shardings, packed=packed)
         return Model(config, params, source.path, None, None, {"path": source.path.name, "revision": source.revision})
+    if packed:
+        raise UsageError(f"{path}: is a training checkpoint; only MXFP4 directories can stay packed (gptoss-jax export makes one)")
     directory, step = found
     meta = orbax_store.read_meta(directory, step)
     params = orbax_store.restore_params(directory, step, shardings)

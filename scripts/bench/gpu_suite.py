@@ -17,6 +17,7 @@ advises.
     op_speed              attention, experts, cross-entropy at 20b shapes against dense products
     step_sft, step_qat    whole 20b steps (fewer layers where 24 do not fit): tokens/s, TFLOP/s, MFU, peak memory
     layers                two 20b layers, SFT and QAT, 16k and 64k tokens
+    decode                one row of 20b token by token: share of the memory bandwidth, experts in bfloat16 and packed
     transformers_layers   the same two layers in transformers, where torch has CUDA
 """
 
@@ -34,14 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # seconds that a part may take
 LIMITS = {
     "codec": 120, "trained_is_exported": 100, "repeatable": 60, "kernels": 100, "codec_speed": 60, "op_speed": 120, "step_sft": 150, "step_qat": 150,
-    "layers": 120, "transformers_layers": 120,
+    "layers": 120, "decode": 120, "transformers_layers": 120,
 }  # fmt: skip
 MARK = "RESULT "
 
 
 def run_part(name: str, smoke: bool) -> dict:
     """One part in this process."""
-    from scripts.bench import gpu_correctness, gpu_speed
+    from scripts.bench import gpu_correctness, gpu_generation, gpu_speed
 
     parts = {
         "codec": gpu_correctness.codec,
@@ -53,6 +54,7 @@ def run_part(name: str, smoke: bool) -> dict:
         "step_sft": partial(gpu_speed.whole_step, mode="sft"),
         "step_qat": partial(gpu_speed.whole_step, mode="qat"),
         "layers": gpu_speed.layers,
+        "decode": gpu_generation.decode,
         "transformers_layers": gpu_speed.transformers_layers,
     }
     return parts[name](smoke)

@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.checkpoint import load, load_params, open_checkpoint
+from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.errors import CorruptError, UsageError
+from gptoss_jax.formats import mxfp4
 from gptoss_jax.model import abstract_params, logical_axes
 from tests.checkpoint import builders
 from tests.checkpoint.builders import CONFIG, OPENAI_CONFIG, QUANTIZATION
@@ -285,3 +287,21 @@ def test_hub_id_records_the_revision(mxfp4_dir, tmp_path, monkeypatch):
     source = open_checkpoint("a/b")
     assert source.revision == "0123abc" and asked["repo"] == "a/b"
     assert not any("bin" in pattern or "py" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_experts_of_an_mxfp4_checkpoint_can_stay_packed():
+    """Their codes decode to the weights that are loaded otherwise; everything else is the same."""
+    decoded = load_params(NANO, jnp.float32)[1]
+    packed = load_params(NANO, jnp.float32, packed=True)[1]
+    kept = {name for name, value in packed.items() if isinstance(value, mxfp4.Codes)}
+    assert kept == {name for name in decoded if name.endswith(("gate_up_proj", "down_proj"))}
+    for name, value in packed.items():
+        np.testing.assert_array_equal(mxfp4.decode(value, jnp.float32) if name in kept else value, decoded[name])
+
+
+def test_only_mxfp4_experts_on_one_device_can_stay_packed(tmp_path):
+    with pytest.raises(UsageError, match="cannot be sharded"):
+        load_params(NANO, jnp.float32, {}, packed=True)
+    bf16 = builders.write(tmp_path, builders.bf16_tensors(builders.mxfp4_tensors()), CONFIG)
+    with pytest.raises(UsageError, match="these are BF16"):
+        load_params(bf16, jnp.float32, packed=True)
