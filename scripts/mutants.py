@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = "tests/model/test_transformers_parity.py -k module_matches"
+EXAMPLES = "tests/data/test_examples.py --deselect tests/data/test_examples.py::test_loss_of_shared_documents_is_that_of_one_document_for_each_turn"
 CODEC = "tests/formats/test_mxfp4.py"
 DECODE = "tests/ops/test_decode_attention.py"
 CACHE = "tests/model/test_inference.py -k alternating_with_tail"
@@ -75,6 +76,18 @@ MUTANTS = (
     Mutant("ties_away", "gptoss_jax/formats/block_grid.py", "2 * _STEP + _ROUND - g.one", "2 * _STEP + _ROUND + 1 - g.one", CODEC),
     Mutant("rceil_is_floor", "gptoss_jax/formats/scale_rules.py", "bump = (amax & _MANTISSA) > 0x400000", "bump = 0", CODEC),
     Mutant("experts_not_transposed", "gptoss_jax/checkpoint/hf_layout.py", 'return self.naming == "hf" and self.experts == "bf16"', "return False", "tests/checkpoint/test_load.py"),
+    Mutant("old_thoughts_shown", "gptoss_jax/data/rendering.py", "with_thought=i > answered", "with_thought=True", EXAMPLES),
+    Mutant("earlier_answers_learn_end", "gptoss_jax/data/examples.py", ', label="<|return|>")', ")", EXAMPLES),
+    Mutant("thoughts_of_a_loop_stay", "gptoss_jax/data/examples.py", "stale = open_thoughts and is_final(message)", "stale = bool(thought(message)) and is_final(message)", EXAMPLES),
+    Mutant("tool_result_not_json", "gptoss_jax/data/rendering.py", 'to_json(message["content"]), "commentary")', 'str(message["content"]), "commentary")', EXAMPLES),
+    Mutant("held_out_rows_trained", "gptoss_jax/data/pipeline.py", "train, rest = split_rows(", "_, rest = split_rows(", "tests/data/test_pipeline.py"),
+    Mutant("weight_of_the_wrong_source", "gptoss_jax/data/pipeline.py", "for count in corpus.counts], seed)", "for count in corpus.counts[::-1]], seed)",
+           "tests/data/test_pipeline.py"),
+    Mutant("documents_shifted_by_one_token", "gptoss_jax/data/documents.py", "dtype=np.int64) - lengths, lengths)", "dtype=np.int64) - lengths + 1, lengths)",
+           "tests/data/test_pipeline.py"),
+    Mutant("labels_taken_from_ids", "gptoss_jax/data/documents.py", "labels = ids if same else", "labels = ids if True else", "tests/data/test_pipeline.py"),
+    Mutant("system_text_lost", "gptoss_jax/data/columns.py", '"system", "content": _text(row, system)}] if', '"system", "content": _text(row, system)}][:0] if',
+           "tests/data/test_columns.py"),
 )  # fmt: skip
 
 
