@@ -43,10 +43,14 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A tokenized conversation. `trained[i]` says whether the model is trained to produce token i."""
+    """A tokenized conversation. At place i the model reads `ids[i]` and is trained, with weight `weights[i]`, to produce `labels[i]`.
+
+    The two tokens differ in one case only: where the `<|end|>` of an earlier answer stands for the `<|return|>` that the model itself writes there.
+    """
 
     ids: np.ndarray  # int32 [n]
-    trained: np.ndarray  # bool [n]
+    labels: np.ndarray  # int32 [n]
+    weights: np.ndarray  # float32 [n], 0 = not trained
 
 
 def system_text(date: datetime.date, reasoning_effort: str = "medium") -> str:
@@ -138,7 +142,8 @@ class HarmonyEncoder:
         for pieces in rendered:
             parts = [special[piece.text] if piece.special else self._ids[piece.text] for piece in pieces]
             trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in parts])
-            out.append(Encoded(np.concatenate(parts), trained))
+            ids = np.concatenate(parts)
+            out.append(Encoded(ids, ids, trained.astype(np.float32)))
         return out
 
 

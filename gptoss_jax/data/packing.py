@@ -2,8 +2,8 @@
 
     row       | doc 1          | doc 2    | padding |
     tokens      a0 a1 a2 a3      b0 b1 b2    pad pad
-    targets     a1 a2 a3 pad     b1 b2 pad   pad pad      the next token of the same document: no label crosses a border
-    weights     .  .  .  0       .  .  0     0   0        1 where the target is a trained token
+    targets     a1 a2 a3 pad     b1 b2 pad   pad pad      the label of the next token of the same document: no label crosses a border
+    weights     .  .  .  0       .  .  0     0   0        the weight of the target, 0 where it is not trained
     segments    1  1  1  1       2  2  2     0   0        attention stays inside a segment; 0 is padding
     positions   0  1  2  3       0  1  2     0   0        restart with every document
 
@@ -45,7 +45,7 @@ class Packed(NamedTuple):
 
     def describe(self) -> str:
         num_rows, row_length = self.rows.tokens_BT.shape
-        tokens, trained = int(self.length_of.sum()), int(self.rows.loss_weights_BT.sum())
+        tokens, trained = int(self.length_of.sum()), int((self.rows.loss_weights_BT > 0).sum())
         text = f"{len(self.row_of) - self.num_dropped} documents in {num_rows} rows of {row_length}: {tokens} tokens"
         text += f" ({tokens / (num_rows * row_length):.1%} of the room), {trained} trained ({trained / tokens:.1%})"
         return text + "".join(f", {n} {what}" for n, what in ((self.num_truncated, "truncated"), (self.num_dropped, "dropped")) if n)
@@ -102,11 +102,11 @@ def pack(documents: Sequence[Encoded], row_length: int, *, pad_id: int = 0, pack
     segments_in_row = np.zeros(num_rows, np.int32)
     for i, row, start in zip(keep.tolist(), rows.tolist(), starts.tolist()):
         n = int(lengths[i])
-        ids, trained = documents[i].ids[:n], documents[i].trained[:n]
+        ids, labels, weights = (array[:n] for array in documents[i])
         segments_in_row[row] += 1
         out.tokens_BT[row, start : start + n] = ids
-        out.targets_BT[row, start : start + n - 1] = ids[1:]
-        out.loss_weights_BT[row, start : start + n - 1] = trained[1:]
+        out.targets_BT[row, start : start + n - 1] = labels[1:]
+        out.loss_weights_BT[row, start : start + n - 1] = weights[1:]
         out.segment_ids_BT[row, start : start + n] = segments_in_row[row]
         out.positions_BT[row, start : start + n] = np.arange(n)
     if not out.loss_weights_BT.any():

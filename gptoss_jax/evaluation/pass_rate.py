@@ -60,12 +60,17 @@ class EvaluationSet(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Result per row. `rows[i]` passed if `passed[i]`; `loss[i]` is the sum over its `num_trained[i]` trained tokens."""
+    """Result per row. `rows[i]` passed if `passed[i]`; `loss[i]` is the sum over its `num_trained[i]` trained tokens.
+
+    `produced[i]` is what greedy decoding writes, up to its first departure from the reference `expected[i]` (int32, trained tokens alone).
+    """
 
     rows: list[dict[str, Any]]
     passed: np.ndarray  # bool [n]
     loss: np.ndarray  # float64 [n]
     num_trained: np.ndarray  # int64 [n]
+    produced: list[np.ndarray]
+    expected: list[np.ndarray]
 
     def select(self, **labels: str) -> "Scores":
         """The rows with these labels: `select(task="A", language="German")`."""
@@ -78,7 +83,8 @@ class Scores(NamedTuple):
         return self._at(keep)
 
     def _at(self, keep: list[int]) -> "Scores":
-        return Scores([self.rows[i] for i in keep], self.passed[keep], self.loss[keep], self.num_trained[keep])
+        rows, produced, expected = ([values[i] for i in keep] for values in (self.rows, self.produced, self.expected))
+        return Scores(rows, self.passed[keep], self.loss[keep], self.num_trained[keep], produced, expected)
 
     def pass_rate(self) -> PassRate:
         """Clustered over "pair" where the rows have one."""
@@ -123,24 +129,29 @@ def make_evaluation_set(
     return EvaluationSet(list(rows), pack(documents, row_length), batch_size)
 
 
-def score(predict: Predict, evaluation_set: EvaluationSet) -> Scores:
-    """Run all batches through `predict` and gather the result of each row."""
+def score(predict: Predict, evaluation_set: EvaluationSet, report: Callable[[int], None] | None = None) -> Scores:
+    """Runs all batches through `predict` and gathers the result of each row; `report` hears about how many rows are done."""
     packed = evaluation_set.packed
-    wrong, loss = [], []
-    for batch in evaluation_set.batches():
+    tokens, loss = [], []
+    for number, batch in enumerate(evaluation_set.batches(), 1):
         prediction = predict(batch)
-        trained = batch.loss_weights_BT > 0
-        wrong.append(trained & (np.asarray(prediction.tokens_BT) != batch.targets_BT))
-        loss.append(np.where(trained, np.asarray(prediction.loss_BT), 0.0))
-    wrong_NT, loss_NT = np.concatenate(wrong), np.concatenate(loss)
-    trained_NT = packed.rows.loss_weights_BT > 0
-    spans = [(r, slice(s, s + n)) for r, s, n in zip(packed.row_of, packed.start_of, packed.length_of)]
-    return Scores(
-        evaluation_set.rows,
-        np.array([not wrong_NT[span].any() for span in spans]),
-        np.array([loss_NT[span].sum(dtype=np.float64) for span in spans]),
-        np.array([trained_NT[span].sum() for span in spans]),
-    )
+        tokens.append(np.asarray(prediction.tokens_BT))
+        loss.append(np.where(batch.loss_weights_BT > 0, np.asarray(prediction.loss_BT), 0.0))
+        if report:
+            report(min(len(evaluation_set.rows), number * evaluation_set.batch_size * len(evaluation_set.rows) // len(packed.rows.tokens_BT)))
+    tokens_NT, loss_NT = np.concatenate(tokens), np.concatenate(loss)
+    passed, losses, produced, expected = [], [], [], []
+    for r, s, n in zip(packed.row_of, packed.start_of, packed.length_of):
+        span = (r, slice(s, s + n))
+        trained = packed.rows.loss_weights_BT[span] > 0
+        found, targets = tokens_NT[span][trained], packed.rows.targets_BT[span][trained]
+        wrong = np.flatnonzero(found != targets)
+        passed.append(not len(wrong))
+        losses.append(loss_NT[span].sum(dtype=np.float64))
+        produced.append(found[: wrong[0] + 1] if len(wrong) else found)
+        expected.append(targets)
+    trained = np.array([len(targets) for targets in expected])
+    return Scores(evaluation_set.rows, np.array(passed), np.array(losses), trained, produced, expected)
 
 
 def pass_rate(predict: Predict, evaluation_set: EvaluationSet) -> PassRate:

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from gptoss_jax.data import BatchStream, Encoded, one_pass, pack
+from gptoss_jax.data import BatchStream, one_pass, pack
 from gptoss_jax.errors import UsageError
+from tests.support.documents import document
 
 
 def make_rows(num_rows=23, seed=0):
     rng = np.random.default_rng(seed)
-    return pack([Encoded(rng.integers(0, 900, 8).astype(np.int32), np.ones(8, bool)) for _ in range(num_rows)], 8).rows
+    return pack([document(rng.integers(0, 900, 8), np.ones(8)) for _ in range(num_rows)], 8).rows
 
 
 def same(a, b):

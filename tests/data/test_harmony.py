@@ -24,7 +24,7 @@ TWO_TURNS = [
 
 def trained_text(tokenizer, messages, **options):
     encoded = encode_conversations([{"messages": messages}], tokenizer, **options)[0]
-    return tokenizer.decode(encoded.ids[encoded.trained])
+    return tokenizer.decode(encoded.labels[encoded.weights > 0])
 
 
 def test_text_equals_the_chat_template_of_the_release():

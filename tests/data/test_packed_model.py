@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.data import Encoded, pack
+from gptoss_jax.data import pack
 from gptoss_jax.model import compute_logits, forward
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from tests.support.documents import document
 from tests.support.params import lively_params
 
 LENGTHS = (17, 4, 17, 4)  # sliding_window is 7: above and below it; 42 tokens in a row of 48, so a padded tail
@@ -29,7 +30,7 @@ def run(config, params, batch):
 def outcome(tiny_config):
     rng = np.random.default_rng(0)
     params = lively_params(tiny_config)
-    documents = [Encoded(rng.integers(0, tiny_config.vocab_size, n).astype(np.int32), rng.random(n) < 0.7) for n in LENGTHS]
+    documents = [document(rng.integers(0, tiny_config.vocab_size, n), rng.random(n) < 0.7) for n in LENGTHS]
     packed = pack(documents, 48)
     assert len(packed.rows.tokens_BT) == 1
     alone = [run(tiny_config, params, pack([document], len(document.ids)).rows) for document in documents]

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 
-from gptoss_jax.data import Encoded, pack
+from gptoss_jax.data import pack
 from gptoss_jax.data.packing import best_fit
 from gptoss_jax.errors import UsageError
+from tests.support.documents import document
 
 PAD = 9999
 
 
 def documents(lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return [Encoded(rng.integers(1, 1000, n).astype(np.int32), rng.random(n) < 0.5) for n in lengths]
+    return [document(rng.integers(1, 1000, n), rng.random(n) * (rng.random(n) < 0.5), rng.integers(1, 1000, n)) for n in lengths]
 
 
 def random_lengths(n, longest, seed=1):
@@ -30,8 +31,8 @@ def test_every_document_is_found_whole_with_its_own_labels(packed):
         assert not covered[span].any()
         covered[span] = True
         np.testing.assert_array_equal(rows.tokens_BT[span], doc.ids)
-        np.testing.assert_array_equal(rows.targets_BT[span], [*doc.ids[1:], PAD])
-        np.testing.assert_array_equal(rows.loss_weights_BT[span], [*doc.trained[1:], 0])
+        np.testing.assert_array_equal(rows.targets_BT[span], [*doc.labels[1:], PAD])
+        np.testing.assert_array_equal(rows.loss_weights_BT[span], [*doc.weights[1:], 0])
         np.testing.assert_array_equal(rows.positions_BT[span], np.arange(length))
         assert len(set(rows.segment_ids_BT[span])) == 1
     np.testing.assert_array_equal(covered, rows.segment_ids_BT > 0)
@@ -74,7 +75,7 @@ def test_too_long_documents_are_an_error_or_cut_or_dropped_and_counted():
 
 
 def test_a_truncated_document_has_no_label_beyond_its_cut():
-    doc = Encoded(np.arange(1, 13, dtype=np.int32), np.ones(12, bool))
+    doc = document(np.arange(1, 13), np.ones(12))
     rows = pack([doc], 8, pad_id=PAD, too_long="truncate").rows
     assert rows.targets_BT[0].tolist() == [2, 3, 4, 5, 6, 7, 8, PAD] and rows.loss_weights_BT[0, -1] == 0
 
@@ -84,8 +85,8 @@ def test_a_truncated_document_has_no_label_beyond_its_cut():
     [
         ([], {}, "empty"),
         (documents([20, 30]), {"too_long": "drop"}, "no document is left"),
-        ([Encoded(np.arange(5, dtype=np.int32), np.zeros(5, bool))], {}, "none of the 1 documents has a token to train on"),
-        ([Encoded(np.arange(20, dtype=np.int32), np.arange(20) > 15)], {"too_long": "truncate"}, "within the first 10 tokens"),
+        ([document(np.arange(5), np.zeros(5))], {}, "none of the 1 documents has a token to train on"),
+        ([document(np.arange(20), np.arange(20) > 15)], {"too_long": "truncate"}, "within the first 10 tokens"),
     ],
 )
 def test_nothing_to_train_on_is_said_before_training(docs, options, message):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gptoss_jax
-from gptoss_jax.data import Encoded, load_tokenizer, pack
+from gptoss_jax.data import load_tokenizer, pack
 from gptoss_jax.evaluation import EvaluationSet, Prediction, greedy_decode, make_evaluation_set, pass_rate, score, task_rows
 from gptoss_jax.evaluation.pass_rate import interval, wilson
 from gptoss_jax.model import compute_logits, forward, init_params
+from tests.support.documents import document
 
 NANO = Path(gptoss_jax.__file__).parent / "nano"
 
@@ -107,7 +108,7 @@ def test_teacher_forcing_agrees_with_greedy_decoding(tiny_config):
     answers = [a[:8] for a in answers]
     answers[1][3] += 1
     answers[2][7] += 1
-    documents = [Encoded(np.concatenate([p, a]), np.arange(len(p) + len(a)) >= len(p)) for p, a in zip(prompts, answers)]
+    documents = [document(np.concatenate([p, a]), np.arange(len(p) + len(a)) >= len(p)) for p, a in zip(prompts, answers)]
     packed = pack(documents, row_length)
     padded = EvaluationSet([{}] * 4, packed, 4)
     assert score(predict, padded).passed.tolist() == [True, False, False, True]
