@@ -1,5 +1,7 @@
 """A model as the pass rates see it: batch in, most probable tokens and losses out."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 
@@ -10,8 +12,9 @@ from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.ops.cross_entropy import token_losses
 
 
+@lru_cache(maxsize=8)
 def make_predict(config: GptOssConfig, dtype, expert_quant: ExpertQuant | None = None):
-    """A compiled `predict(params) -> Predict`: one compilation serves all models of this config and dtype."""
+    """A compiled `predict(params) -> Predict`: one compilation serves all models of this config, dtype and quantization, whoever asks for it."""
 
     @jax.jit
     def run(params: Params, batch: Batch) -> Prediction:

@@ -60,7 +60,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
     return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh))
 
 
-def _look_at(path: str) -> tuple[GptOssConfig, Path]:
+def look_at(path: str) -> tuple[GptOssConfig, Path]:
     """Architecture and tokenizer directory of a model, without its weights."""
     found = orbax_store.locate(path)
     if found is None:
@@ -88,7 +88,7 @@ def run_stage(
     # products of float32 are TF32 on a GPU unless asked otherwise
     precision = jax.default_matmul_precision("highest") if train.compute_dtype == "float32" else nullcontext()
     with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
-        config, directory = (model.config, model.directory) if model else _look_at(train.model)
+        config, directory = (model.config, model.directory) if model else look_at(train.model)
         policy = quant_policy(train, config)
         shardings = make_shardings(train, config)
         tokenizer = load_tokenizer(directory)

@@ -23,10 +23,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gptoss_jax.errors import UsageError
+from gptoss_jax.strict_yaml import merge
 from gptoss_jax.training.config import DataConfig, PositiveInt, Section, TrainConfig
 from gptoss_jax.training.recipe.gate import GateConfig
 from gptoss_jax.training.recipe.rows import ROWS, NvidiaTask, RowName
-from gptoss_jax.training.yaml_config import merge, read_yaml, read_override
+from gptoss_jax.training.yaml_config import parse_override, read_yaml
 
 NANO_DATA = "nano"
 VARIANT_SECTIONS = ("sft", "qat", "data")
@@ -60,7 +61,7 @@ class RecipeConfig(Section):
     rows: Annotated[tuple[RowName, ...], Field(min_length=1)] = tuple(ROWS)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # name -> dotted settings of sft, qat and data over those below; none: the recipe as it stands
-    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], dict[str, Any]] = {}
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], dict[str, Any]] = Field(default_factory=dict)
     # `model`, `output`, `quant` and `seed` are filled in; what a stage says about `data` goes before the recipe's
     sft: TrainConfig
     qat: TrainConfig
@@ -142,7 +143,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | P
     """
     values = read_yaml(path)
     for text in overrides:
-        values = merge(values, read_override(text))
+        values = merge(values, parse_override(text))
     if output is not None:
         values["output"] = str(output)
     config = parse_recipe(values, str(path))

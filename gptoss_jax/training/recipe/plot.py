@@ -43,7 +43,7 @@ def plot_results(results: Results, file: str | Path) -> bool:
         if column.nvidia:
             found = [(y, NVIDIA_20B[column.nvidia][seeds[0].row]) for y, seeds in enumerate(lines) if seeds[0].row in NVIDIA_20B[column.nvidia]]
             axis.plot([rate for _, rate in found], [y + 0.28 for y, _ in found], "D", color=NVIDIA, markersize=4, label="NVIDIA, gpt-oss-20b")
-    axes[0].set_yticks(range(len(lines)), [seeds[0].label for seeds in lines], fontsize=8)
+    axes[0].set_yticks(range(len(lines)), [results.label(seeds[0]) for seeds in lines], fontsize=8)
     axes[0].set_ylim(len(lines) - 0.4, -0.6)  # the first row on top
     labels: dict[str, Any] = {}
     for axis in axes:

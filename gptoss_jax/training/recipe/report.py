@@ -1,4 +1,4 @@
-"""The report of a recipe, beside its `results.json`: `table.md`, `summary.json`, `table.png` and `report.md`. Made anew from that file at any time."""
+"""The report of a recipe, made from its `results.json` at any time: `table.md`, `summary.json`, `table.png` and `report.md` beside it."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def summary(results: Results) -> list[dict[str, Any]]:
     plain = lambda spread: None if spread is None else {"mean": spread.mean, "low": spread.low, "high": spread.high}
     return [
         {
-            "row": seeds[0].row, "variant": seeds[0].variant, "label": seeds[0].label, "seeds": [measured.seed for measured in seeds],
+            "row": seeds[0].row, "variant": seeds[0].variant, "label": results.label(seeds[0]), "seeds": [measured.seed for measured in seeds],
             "spread": "range over seeds" if len(seeds) > 1 else "95 % interval",
             "pass_rates": {task: plain(pass_spread(seeds, task)) for task in results.tasks},
             "loss": plain(loss_spread(seeds)), "kl": plain(kl_spread(seeds)), "steps_trained": seeds[0].steps_trained,
@@ -64,5 +64,5 @@ def _failures_part(directory: Path) -> list[str]:
     files = sorted(directory.rglob("failures/*/*.jsonl"))
     if not files:
         return []
-    lines = [f"- [{file.relative_to(directory)}]({file.relative_to(directory)}): {len(file.read_text(encoding='utf-8').splitlines())}" for file in files]
-    return ["## Failing samples", "\n".join(lines)]
+    counts = {file.relative_to(directory): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    return ["## Failing samples", "\n".join(f"- [{name}]({name}): {count}" for name, count in counts.items())]

@@ -22,7 +22,7 @@ class Column(Section):
 
 
 class Measured(Section):
-    """One row of one seed and variant.
+    """One row of one seed and variant. A row that several variants share is there once, under the first of them; the original is of none ("").
 
     Attributes:
       pass_rates: passed, total and a 95 % interval of the rate, per task.
@@ -45,10 +45,6 @@ class Measured(Section):
     @property
     def key(self) -> tuple[str, str, int]:
         return self.row, self.variant, self.seed
-
-    @property
-    def label(self) -> str:
-        return ROWS[self.row].label + (f", {self.variant}" if self.variant else "")
 
 
 class Spread(NamedTuple):
@@ -73,6 +69,11 @@ class Results(Section):
         for measured in self.results:
             lines.setdefault((measured.row, measured.variant), []).append(measured)
         return list(lines.values())
+
+    def label(self, measured: Measured) -> str:
+        """Of a line: the variant is named where the row has several."""
+        variants = {other.variant for other in self.results if other.row == measured.row}
+        return ROWS[measured.row].label + (f", {measured.variant}" if len(variants) > 1 else "")
 
 
 def pass_spread(seeds: list[Measured], task: str) -> Spread:

@@ -29,7 +29,7 @@ from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.recipe.config import NANO_DATA, RecipeConfig
 from gptoss_jax.training.recipe.evaluate import Evaluation
-from gptoss_jax.training.recipe.gate import GATE, judge, verdict
+from gptoss_jax.training.recipe.gate import GATE, GateFailed, judge, verdict
 from gptoss_jax.training.recipe.results import RESULTS, Measured, Results, read_results, write_atomic
 from gptoss_jax.training.recipe.rows import ROWS, Stage
 from gptoss_jax.training.run_dir import CONFIG
@@ -63,21 +63,18 @@ class Recipe:
         """All rows, variants and seeds; `results.json` grows with every row.
 
         Raises:
-          RunError: a row did not pass the gate. Everything has been measured and written by then.
+          GateFailed: a row may not be shipped.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_settings()
         done = read_results(self.root).results if (self.root / RESULTS).exists() else ()
         found = {measured.key: measured for measured in done if measured.row in self.config.rows and self.evaluation.is_complete(measured)}
-        for key in self._keys():
-            origin = self._origin(*key)
-            if self._is_rejected(origin):
-                found.pop(key, None)  # measured and judged anew
-        for key in self._keys():
+        found = {key: measured for key, measured in found.items() if not self._is_rejected(key)}  # those are measured and judged anew
+        seeds, variants = list(self.config.seeds), ["", *self.variants]
+        # one seed after the other: an interrupted recipe has whole tables of fewer seeds
+        for key in sorted(self._keys(), key=lambda key: (seeds.index(key[2]), variants.index(key[1]))):
             if key not in found:
-                row, variant, seed = key
-                origin = self._origin(*key)
-                found[key] = self._row(*key) if origin == key else found[origin].model_copy(update={"variant": variant, "seed": seed})
+                found[key] = self._known(key, found) or self._row(*key)
                 self._write(found)
         results = self._write(found)
         if self.config.gate:
@@ -86,32 +83,34 @@ class Recipe:
 
     # ---- what there is to do ----------------------------------------------------------------------------------------------------
     def _keys(self) -> list[Key]:
-        """In the order of the table's lines; the original is the same in all variants."""
+        """In the order of the table's lines. Settings that a row does not depend on do not multiply it."""
         keys = []
         for row in self.config.rows:
-            for variant in [""] if ROWS[row].stage == "base" else self.variants:
-                keys += [(row, variant, seed) for seed in self.config.seeds]
+            stage = ROWS[row].stage
+            owners = [""] if stage == "base" else dict.fromkeys(self._owner(stage, variant) for variant in self.variants)
+            keys += [(row, variant, seed) for variant in owners for seed in self.config.seeds]
         return keys
 
-    def _origin(self, row: str, variant: str, seed: int) -> Key:
-        """The first key that means the same weights: settings that a stage does not depend on do not multiply it."""
-        stage = ROWS[row].stage
-        if stage == "base":
-            return row, "", self.config.seeds[0]
-        return row, self._owner(stage, variant), seed
+    def _known(self, key: Key, found: dict[Key, Measured]) -> Measured | None:
+        """The original is the same for every seed."""
+        row, variant, seed = key
+        first = found.get((row, variant, self.config.seeds[0])) if ROWS[row].stage == "base" else None
+        return first and first.model_copy(update={"seed": seed})
 
     def _owner(self, stage: Stage, variant: str) -> str:
         """The first variant that trains this stage with the same settings."""
         settings = lambda name: [self.variants[name].stage(part) for part in _STAGES_OF.get(stage, ("sft", "qat"))]
         return next(name for name in self.variants if settings(name) == settings(variant))
 
+    def _label(self, row: str, variant: str) -> str:
+        return ROWS[row].label + (f", {variant}" if len(self.variants) > 1 and variant else "")
+
     def _place(self, variant: str, seed: int) -> Path:
         return self.root / variant / f"seed-{seed}"
 
     def _is_rejected(self, key: Key) -> bool:
         row, variant, seed = key
-        place = self._place(variant, seed)
-        return (place / "rejected" / row).exists() and not (place / "export" / row).exists()
+        return (self._place(variant, seed) / "rejected" / row).exists()
 
     def _write(self, found: dict[Key, Measured]) -> Results:
         results = Results(tasks=self.evaluation.columns, results=tuple(found[key] for key in self._keys() if key in found))
@@ -145,7 +144,7 @@ class Recipe:
             row=name, variant=variant, seed=seed, pass_rates=outcome.pass_rates, loss=outcome.loss, steps_trained=steps, kl=outcome.kl
         )  # fmt: skip
         rates = ", ".join(f"{task} {measured.rate(task):.1%}" for task in self.evaluation.columns)
-        self.say(f"[seed {seed}] {measured.label}: {rates}, loss {measured.loss:.4f}")
+        self.say(f"[seed {seed}] {self._label(name, variant)}: {rates}, loss {measured.loss:.4f}")
         return measured
 
     def _load(self, path: str | Path) -> Any:
@@ -165,7 +164,7 @@ class Recipe:
             report = verify_dir(target, against=model.code_hashes)
             if not report.ok:
                 raise RunError(f"{target}: the exported codes are not those that training computed: {report.failures[0]}")
-            self.say(f"[seed {seed}] {row.label}: exported codes equal the trained ones ({len(model.code_hashes)} expert matrices)")
+            self.say(f"[seed {seed}] {self._label(name, variant)}: exported codes equal the trained ones ({len(model.code_hashes)} expert matrices)")
         return target
 
     # ---- stages ---------------------------------------------------------------------------------------------------------------
@@ -212,33 +211,34 @@ class Recipe:
     def _judge(self, found: dict[Key, Measured]) -> None:
         """Compares every gated row with its limits; exports that break one are moved to `rejected/`, with the reasons beside the weights."""
         gate, verdicts, failed = self.config.gate, [], []
-        for key in (key for key in self._keys() if key[0] in gate.rows and self._origin(*key) == key):
+        for key in (key for key in self._keys() if key[0] in gate.rows):
             row, variant, seed = key
             place = self._place(variant, seed)
             export, rejected = place / "export" / row, place / "rejected" / row
-            findings = judge(gate, found[key], found.get(("sft", variant, seed)), self.evaluation.columns)
+            findings = judge(gate, found[key], found.get(("sft", self._owner("sft", variant), seed)), self.evaluation.columns)
             broken = [finding for finding in findings if not finding.ok]
             shutil.rmtree(rejected, ignore_errors=True)  # of an earlier judgement
             record = verdict(found[key], findings, str((rejected if broken else export).relative_to(self.root)))
             if broken:
-                rejected.parent.mkdir(exist_ok=True)
-                os.rename(export, rejected)
-                write_atomic(rejected / GATE, json.dumps(record, indent=1) + "\n")
+                if export.exists():
+                    rejected.parent.mkdir(exist_ok=True)
+                    os.rename(export, rejected)
+                    write_atomic(rejected / GATE, json.dumps(record, indent=1) + "\n")
                 samples = [self._samples(place / "failures" / row / f"{finding.task}.jsonl") for finding in broken if finding.task]
-                failed.append(f"{found[key].label}, seed {seed}: {'; '.join(map(str, broken))}{''.join(samples)}; moved to {rejected}")
+                failed.append(f"{self._label(row, variant)}, seed {seed}: {'; '.join(map(str, broken))}{''.join(samples)}; moved to {rejected}")
             else:
-                self.say(f"[seed {seed}] {found[key].label}: passes the gate ({len(findings)} limits)")
+                self.say(f"[seed {seed}] {self._label(row, variant)}: passes the gate ({len(findings)} limits)")
             verdicts.append(record)
         write_atomic(self.root / GATE, json.dumps(verdicts, indent=1) + "\n")
         if failed:
-            raise RunError("gate failed: " + "; ".join(failed))
+            raise GateFailed("gate failed: " + "; ".join(failed))
 
     def _samples(self, file: Path) -> str:
         """The first failing samples of a task, and where all of them are."""
         if not file.exists():
             return ""
         samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        shown = ", ".join(repr(sample["prompt"][-60:]) for sample in samples[:SHOWN_FAILURES])
+        shown = ", ".join(repr(sample["prompt"][-1]["content"][-60:]) for sample in samples[:SHOWN_FAILURES])
         return f"; fails {shown} ({len(samples)} in {file})"
 
 

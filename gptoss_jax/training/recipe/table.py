@@ -37,13 +37,13 @@ def make_table(results: Results) -> Table:
     """All cells as text. Columns of KL and of NVIDIA's numbers are there only where the recipe has them."""
     with_kl = any(measured.kl is not None for measured in results.results)
     references = [column.nvidia for column in results.tasks.values() if column.nvidia]
-    columns: list[tuple[str, Callable[[list[Measured]], str]]] = [("", lambda seeds: seeds[0].label)]
+    columns: list[tuple[str, Callable[[list[Measured]], str]]] = [("", lambda seeds: results.label(seeds[0]))]
     columns += [(column.title, lambda seeds, task=task: cell(pass_spread(seeds, task), 1)) for task, column in results.tasks.items()]
     columns.append(("validation loss", lambda seeds: cell(loss_spread(seeds), 4)))
     if with_kl:
         columns.append(("KL to original", lambda seeds: cell(kl_spread(seeds), 4)))
     if references:
-        columns.append(("NVIDIA 20b", lambda seeds: " / ".join(str(NVIDIA_20B[r][seeds[0].row]) for r in references if seeds[0].row in NVIDIA_20B[r])))
+        columns.append(("NVIDIA 20b", lambda seeds: " / ".join(str(NVIDIA_20B[task].get(seeds[0].row, "")) for task in references).strip(" /")))
     legend = [LEGEND] + [KL_LEGEND] * with_kl + [NVIDIA_LEGEND] * bool(references)
     return Table([title for title, _ in columns], [[make(seeds) for _, make in columns] for seeds in results.lines], " ".join(legend))
 
