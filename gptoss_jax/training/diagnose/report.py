@@ -13,7 +13,7 @@ from gptoss_jax.training.diagnose.weights import Change, Changes, total
 NEEDED_FROM = 0.05  # rise of the held-out loss, as a share of it
 UNDONE_BELOW, KEPT_FROM = 0.5, 0.8  # share of fine-tuning that rounding leaves in place; between them weights alone do not tell
 RULE = (
-    f"Rule: needed where rounding raises the held-out loss by {NEEDED_FROM:.0%} or more; without held-out data, likely needed where it keeps less than "
+    f"Rule: needed where rounding raises the held-out loss by {NEEDED_FROM:.0%} or more; without it, likely needed where it keeps less than "
     f"{UNDONE_BELOW:.0%} of fine-tuning, likely not from {KEPT_FROM:.0%} on. Basis, MXFP4: gpt-oss-nano (3.6 M parameters) kept 23%, its loss rose "
     "15-fold, a task lost 20 points; three models of 2 M kept 32%, 23% and 86%, their losses rose by 20%, 24% and 1.4%, and they lost 4 to 15, "
     "4 to 7 and 0 points. No large model has been measured."
