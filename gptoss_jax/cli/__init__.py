@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
     "logits": ("logits", "logits", "logits of token ids, for comparisons", "logits out/ --tokens t.npy --out l.npy --dtype float32"),
     "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint", "eval out/ --tasks A B H"),
+    "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
 COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval")  # run long enough to gain from memory in large pages
@@ -60,8 +61,14 @@ def main(argv: list[str] | None = None) -> int:
 
     module, function, _, _ = COMMANDS[argv[0]]
     run = getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)
+    parse = tyro.cli
+    if isinstance(run, dict):  # a command of two words
+        parse = tyro.extras.subcommand_cli_from_dict
+        if len(argv) == 1:
+            print("\n".join(f"gptoss-jax {argv[0]} {name:<10} {command.__doc__.splitlines()[0]}" for name, command in run.items()))
+            return 0
     try:
-        return tyro.cli(run, prog=f"gptoss-jax {argv[0]}", args=argv[1:], config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)) or 0
+        return parse(run, prog=f"gptoss-jax {argv[0]}", args=argv[1:], config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)) or 0
     except GptOssError as error:
         print(f"gptoss-jax {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code

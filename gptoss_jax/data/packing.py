@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from gptoss_jax.data.documents import Documents
 from gptoss_jax.data.harmony import Encoded
 from gptoss_jax.errors import UsageError
 
@@ -83,7 +84,7 @@ def pack(documents: Sequence[Encoded], row_length: int, *, pad_id: int = 0, pack
     """
     if not documents:
         raise UsageError("the data set is empty: no document to train on")
-    lengths = np.array([len(document.ids) for document in documents], np.int32)
+    lengths = documents.lengths if isinstance(documents, Documents) else np.array([len(document.ids) for document in documents], np.int32)
     over = lengths > row_length
     if over.any() and too_long == "error":
         raise UsageError(

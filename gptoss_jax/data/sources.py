@@ -1,18 +1,58 @@
-"""Conversations from local files: JSONL, Parquet, and directories written by `datasets.save_to_disk`. Nothing is fetched, nothing is cached.
-
-JSONL and Parquet are read here and not by `datasets`, which turns a wrong type into a feature called Json, or a missing field into null, without
-a word, and which names no line. Every bad row is found in one pass; the message shows the first ones and counts the rest.
+"""A source of conversations: where it is, which of it, how its columns are named, how much of it an epoch has. Every bad row is found in one pass;
+the message shows the first ones and counts the rest.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptoss_jax.data.columns import Response, check_columns, to_conversation
+from gptoss_jax.data.files import read
 from gptoss_jax.data.messages import BadRow, check_row
 from gptoss_jax.errors import CorruptError, UsageError
 
 SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a list of data sets. The constructor raises ValueError for values that mean nothing."""
+
+    # file, directory, or hub name owner/name[:config][@split] (data/files.py)
+    path: str
+    # share of its conversations in an epoch: 2 repeats each, 0.5 takes half of them
+    weight: float = 1.0
+    split: str | None = None
+    # names of columns by role, where the layout is none of data/columns.py
+    columns: Mapping[str, str] | None = None
+    # only the first rows
+    limit: int | None = None
+    # which answer of a data set with instruct_response and cot_response
+    response: Response = "instruct"
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (a config refuses unknown keys)
+
+    def __post_init__(self):
+        if not 0 < self.weight <= 1000:
+            raise ValueError(f"weight = {self.weight} is not above 0 and at most 1000")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit} is not at least 1")
+        if self.columns is not None:
+            check_columns(self.columns)
+
+    def __str__(self) -> str:
+        return self.path + (f"@{self.split}" if self.split else "")
+
+
+class Conversation(NamedTuple):
+    """A row that was read: where it stands, which layout its columns have, and itself with checked messages; or why it is none."""
+
+    where: str  # file:line, or file: row N
+    layout: str | None
+    row: dict[str, Any] | None
+    problem: str | None = None
 
 
 class Loaded(NamedTuple):
@@ -22,108 +62,45 @@ class Loaded(NamedTuple):
     problems: list[str]
 
 
-def load_rows(path: str | Path, *, split: str | None = None, skip_bad_rows: bool = False) -> Loaded:
-    """All conversations of a `.jsonl` or `.parquet` file or of a saved `datasets` directory (of its `split`, if it has several).
+def conversations(source: Source) -> Iterator[Conversation]:
+    """All rows of a source, one after another; nothing is kept. UsageError and CorruptError as `files.read`."""
+    for where, raw in islice(read(source.path, source.split), source.limit):
+        layout = None
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            layout, row = to_conversation(raw, source.columns, source.response)
+            yield Conversation(where, layout, check_row(row))
+        except BadRow as bad:
+            yield Conversation(where, layout, None, f"{where}: {bad}")
+
+
+def load_rows(source: str | Path | Source, *, split: str | None = None, skip_bad_rows: bool = False) -> Loaded:
+    """All conversations of a source as a list, for sets that fit into memory as text (evaluation).
 
     CorruptError names every bad row (the first 20 in full), unless `skip_bad_rows`; it also stands for files that cannot be read at all.
     UsageError: no such file, unknown suffix, unknown split, no rows.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"no such file or directory: {path}")
-    if path.is_dir():
-        raw = _read_saved_dataset(path, split)
-    elif split is not None:
-        raise UsageError(f"{path} is a single file: it has no split {split!r}")
-    elif path.suffix in (".jsonl", ".ndjson"):
-        raw = _read_jsonl(path)
-    elif path.suffix == ".parquet":
-        raw = _read_parquet(path)
-    else:
-        raise UsageError(f"{path}: cannot tell what this is; give a .jsonl or .parquet file, or a directory saved by datasets")
+    source = source if isinstance(source, Source) else Source(str(source), split=split)
     rows, problems = [], []
-    for where, row in raw:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            rows.append(check_row(row))
-        except BadRow as bad:
-            problems.append(f"{where}: {bad}")
-    if problems and not skip_bad_rows:
-        raise CorruptError(_summary(path, len(rows), problems))
-    if not rows:
-        raise UsageError(f"{path} has no rows" if not problems else _summary(path, 0, problems))
+    for conversation in conversations(source):
+        if conversation.problem is None:
+            rows.append(conversation.row)
+        else:
+            problems.append(conversation.problem)
+    refuse_bad(source, len(rows), problems, skip_bad_rows)
     return Loaded(rows, problems)
 
 
-def _summary(path: Path, num_good: int, problems: list[str]) -> str:
+def refuse_bad(source: Source, num_good: int, problems: list[str], skip_bad_rows: bool) -> None:
+    """CorruptError for bad rows (unless skipped), UsageError where nothing is left."""
+    if problems and not skip_bad_rows:
+        raise CorruptError(summary(source, num_good, problems))
+    if not num_good:
+        raise UsageError(summary(source, 0, problems) if problems else f"{source} has no rows")
+
+
+def summary(source: Source, num_good: int, problems: list[str]) -> str:
     shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
     more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return f"{len(problems)} of {num_good + len(problems)} rows of {path} cannot be used:{shown}{more}"
-
-
-def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRow(f'the key "{next(key for key in keys if keys.count(key) > 1)}" stands twice in one object')
-    return out
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row or BadRow). Blank lines are skipped; a byte order mark and CRLF are accepted."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            yield f"{path}:{number}", _parse(line)
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode(), object_pairs_hook=_no_duplicate_keys)
-    except BadRow as bad:
-        return bad
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        return BadRow(f"not JSON: {error.msg} at column {error.colno}")
-    except (RecursionError, ValueError) as error:
-        return BadRow(f"not usable JSON: {error}")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CorruptError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _read_saved_dataset(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise UsageError(f"{path} is no directory saved by datasets (neither state.json nor dataset_dict.json is in it)")
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets raises what json, pyarrow and the file system raise
-        raise CorruptError(f"{path} cannot be read as a saved data set: {str(error).splitlines()[0]}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split is None and len(loaded) == 1:
-            split = next(iter(loaded))
-        if split not in loaded:
-            raise UsageError(f"{path} has the splits {', '.join(loaded)}: choose one" + (f", there is no {split!r}" if split else ""))
-        loaded = loaded[split]
-    elif split is not None:
-        raise UsageError(f"{path} is one data set without splits: it has no {split!r}")
-    for number, row in enumerate(loaded, 1):
-        yield f"{path}: row {number}", row
+    return f"{len(problems)} of {num_good + len(problems)} rows of {source} cannot be used:{shown}{more}"

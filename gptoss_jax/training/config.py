@@ -4,13 +4,15 @@ Defaults are those of NVIDIA's gpt-oss recipe: AdamW at 2e-5, cosine to 10 % wit
 BF16 compute on float32 masters. Two departures: the loss is on assistant tokens (`data.loss: all` gives the recipe's), rows are packed.
 """
 
+import dataclasses
 import datetime
 import difflib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -23,9 +25,28 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# a path, or a list of paths and of {path, weight, split, columns, limit, response} (data/sources.py)
+_ListedSource = Annotated[Source, BeforeValidator(lambda value: Source(value) if isinstance(value, str) else value)]
+Sources = Annotated[
+    Annotated[str, Tag("path")] | Annotated[tuple[_ListedSource, ...], Tag("list"), Field(min_length=1)],
+    Discriminator(
+        lambda value: {str: "path", list: "list", tuple: "list"}.get(type(value)),
+        custom_error_type="sources",
+        custom_error_message="give a path, or a list of paths and of {path: ..., weight: ..., split: ..., columns: ..., limit: ...}",
+    ),
+]
+
+
 class DataConfig(Section):
-    train: str | None = None
-    eval: str | None = None
+    # file, directory, hub name owner/name[:config][@split], or a list of these with weights
+    train: Sources | None = None
+    eval: Sources | None = None
+    # instead of `eval`: this share of the conversations of `train` is held out; the recipe has 0.1 with seed 42
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # of the held-out share, and of what a weight takes of a source
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    # leave rows out that are no conversations, instead of refusing the set
+    skip_bad_rows: bool = False
     row_length: PositiveInt = 4096
     packing: bool = True
     # which tokens carry the loss
@@ -35,6 +56,17 @@ class DataConfig(Section):
     # the release's system message with this date (its own template writes the day on which it runs); None is no system message
     system_date: datetime.date | None = None
     reasoning_effort: Literal["low", "medium", "high"] = "medium"
+
+    @model_validator(mode="after")
+    def _one_evaluation_set(self):
+        if self.eval is not None and self.eval_fraction is not None:
+            raise ValueError(f"eval = {self.eval} and eval_fraction = {self.eval_fraction} exclude each other")
+        return self
+
+    def sources(self, name: Literal["train", "eval"]) -> tuple[Source, ...]:
+        """The list under `train` or `eval`; a path is a list of one."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else () if value is None else (Source(str(value)),)
 
 
 class BatchConfig(Section):
@@ -174,24 +206,31 @@ def parse(raw: dict[str, Any], where: str = "config", lines: dict[tuple, int] | 
         raise UsageError(_explain(error.errors()[0], where, lines or {})) from None
 
 
+# pydantic puts the kind of a union into its error paths: quant.mxfp4.scale_rule, data.train.list.0.weight
+_KINDS = {("quant",): ("mxfp4", "nvfp4"), ("data", "train"): ("path", "list"), ("data", "eval"): ("path", "list")}
+
+
 def _explain(error: dict, where: str, lines: dict[tuple, int]) -> str:
-    # pydantic inserts the tag of a union into the path (quant.mxfp4.scale_rule)
-    path = tuple(part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "quant" and part in ("mxfp4", "nvfp4")))
+    loc = error["loc"]
+    path = tuple(part for i, part in enumerate(loc) if part not in _KINDS.get(loc[:i], ()))
     place = f"{where}:{lines[path]}" if path in lines else where
     name = ".".join(str(part) for part in path)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), _known(error["loc"][:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join(map(str, (*path[:-1], near[0])))!r}?" if near else f"; known are {', '.join(_known(error['loc'][:-1]))}"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known(loc[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join(map(str, (*path[:-1], near[0])))!r}?" if near else f"; known are {', '.join(known)}"
         return f"{place}: unknown key {name!r}{hint}"
     reason = error["msg"].removeprefix("Value error, ")
     given = "" if isinstance(error["input"], dict | BaseModel) else f" = {error['input']!r}"
     return f"{place}: {name}{given}: {reason}" if name else f"{place}: {reason}"
 
 
-def _known(path: tuple) -> list[str]:
+def _known(loc: tuple) -> list[str]:
     """Field names of the section at a pydantic error path."""
+    if "list" in loc:
+        return [field.name for field in dataclasses.fields(Source)]
     section: Any = TrainConfig
-    for part in path:
+    for part in loc:
         if part in ("mxfp4", "nvfp4"):
             section = {"mxfp4": Mxfp4Quant, "nvfp4": Nvfp4Quant}[part]
         elif part != "quant":

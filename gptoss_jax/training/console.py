@@ -4,6 +4,8 @@ On a terminal one live line is rewritten and evaluations stay above it; elsewher
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -40,9 +42,9 @@ def format_line(record: dict[str, Any], steps: int) -> str:
 
 
 class Progress:
-    """Shows records as they come. Use as a context."""
+    """Shows records as they come. Use as a context. `steps` may be set later, before the first record."""
 
-    def __init__(self, steps: int, console: Console | None = None):
+    def __init__(self, steps: int = 0, console: Console | None = None):
         self.steps = steps
         self.console = console or Console(stderr=True, highlight=False)
         self._live = Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
@@ -63,6 +65,18 @@ class Progress:
     def note(self, line: str) -> None:
         """A line that stays."""
         self.console.print(line, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[int, int], None]]:
+        """A function to call with (conversations, tokens) while data are read: one line that is rewritten, on a terminal only."""
+        if not self.console.is_terminal:
+            yield lambda conversations, tokens: None
+            return
+        start = time.monotonic()
+        with self.console.status("reading") as status:
+            yield lambda conversations, tokens: status.update(
+                f"reading: {_count(conversations)} conversations, {_count(tokens)} tokens, {_count(tokens / (time.monotonic() - start))} tok/s"
+            )
 
     def __enter__(self) -> "Progress":
         if self._live is not None:

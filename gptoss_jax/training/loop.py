@@ -254,7 +254,9 @@ def _check_same_run(meta: orbax_store.Meta, config: GptOssConfig, train: TrainCo
     """Refuses to continue with settings under which the continuation would not be that of the saved run."""
     changes = []
     for name, old, new in (("model config", meta.model, config.to_dict()), ("run config", meta.run or {}, train.to_dict())):
-        before, after = dict(_flat(old)), dict(_flat(new))
+        # settings that the saved run did not know yet had the effect of their present defaults
+        defaults = TrainConfig().to_dict() if name == "run config" else {}
+        before, after = {**dict(_flat(defaults)), **dict(_flat(old))}, dict(_flat(new))
         for key in sorted(before.keys() | after.keys()):
             free = name == "run config" and key.startswith(FREE_ON_RESUME)
             if before.get(key) != after.get(key) and not free:

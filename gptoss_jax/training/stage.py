@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.models import Model, carried_files, load_model
 from gptoss_jax.checkpoint.source import open_checkpoint
-from gptoss_jax.data import BatchStream, Packed, encode_conversations, load_rows, load_tokenizer, one_pass, pack, system_text
+from gptoss_jax.data import BatchStream, Packed, Pipeline, load_tokenizer, one_pass, report, shared_warning, training_and_held_out
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
@@ -25,6 +25,11 @@ from gptoss_jax.training.loop import Trainer
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.yaml_config import dump_config
+
+HOW_TO_GIVE_DATA = """: give data.train=FILE (.jsonl, .json, .parquet, a directory, or a hub name), with one conversation a line, as
+  {"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]}
+  {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "thinking": "A greeting.", "content": "Hello."}]}
+`gptoss-jax data inspect FILE` shows what training makes of it"""  # noqa: E501
 
 
 def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None:
@@ -45,11 +50,33 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
     return policy
 
 
-def load_packed(path: str, tokenizer: Any, data: DataConfig) -> Packed:
-    """Conversations of a file or directory, rendered, tokenized and packed as the config says."""
-    system = system_text(data.system_date, data.reasoning_effort) if data.system_date else None
-    documents = encode_conversations(load_rows(path).rows, tokenizer, system=system, train_on=data.loss)
-    return pack(documents, data.row_length, packed=data.packing, too_long=data.too_long)
+def data_pipeline(data: DataConfig, tokenizer: Any) -> Pipeline:
+    """How the `data` section turns conversations into rows."""
+    return Pipeline(
+        tokenizer, data.row_length, packing=data.packing, train_on=data.loss, too_long=data.too_long, system_date=data.system_date,
+        reasoning_effort=data.reasoning_effort, skip_bad_rows=data.skip_bad_rows,
+    )  # fmt: skip
+
+
+def load_packed(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[Packed, Packed | None]:
+    """Training and evaluation rows, read, tokenized and packed as the config says. What they hold and what looks wrong goes to `progress`.
+
+    Raises:
+      CorruptError: bad rows. UsageError: no such source, or nothing to train on in one of the sets.
+    """
+    pipeline = data_pipeline(data, tokenizer)
+    with progress.reading() as tick:
+        corpus = pipeline.tokenize(data.sources("train"), tick)
+        held_out = pipeline.tokenize(data.sources("eval"), tick) if data.eval else None
+    training, evaluation = training_and_held_out(corpus, held_out, data.eval_fraction, data.split_seed)
+    sets = {"train": training} | ({} if evaluation is None else {"eval": evaluation})
+    reports = [report(name, selected, pipeline) for name, selected in sets.items()]
+    for line in (line for counts in reports for line in counts.describe()):
+        progress.note(line)
+    for warning in [*(line for counts in reports for line in counts.warnings()), *shared_warning(training, evaluation)]:
+        progress.note(f"WARNING: {warning}")
+    packed = {name: pipeline.pack(f"data.{name}", selected) for name, selected in sets.items()}
+    return packed["train"], packed.get("eval")
 
 
 def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None:
@@ -84,7 +111,7 @@ def run_stage(
     """
     for name, value in (("model", train.model or model), ("data.train", train.data.train), ("output", train.output)):
         if not value:
-            raise UsageError(f"config: {name} is not set")
+            raise UsageError(f"config: {name} is not set{HOW_TO_GIVE_DATA if name == 'data.train' else ''}")
     # products of float32 are TF32 on a GPU unless asked otherwise
     precision = jax.default_matmul_precision("highest") if train.compute_dtype == "float32" else nullcontext()
     with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
@@ -92,10 +119,10 @@ def run_stage(
         policy = quant_policy(train, config)
         shardings = make_shardings(train, config)
         tokenizer = load_tokenizer(directory)
-        packed = load_packed(train.data.train, tokenizer, train.data)
-        held_out = load_packed(train.data.eval, tokenizer, train.data) if train.data.eval else None
+        progress = progress or Progress()
+        packed, held_out = load_packed(train.data, tokenizer, progress)
         train = train.with_steps(len(packed.rows.tokens_BT))
-        progress = progress or Progress(train.steps)
+        progress.steps = train.steps
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))

@@ -48,7 +48,7 @@ def test_overview_answers_at_once_and_imports_no_jax(args):
 
 
 def test_commands_are_the_published_ones():
-    assert set(COMMANDS) == {"demo", "recipe", "sft", "qat", "import", "export", "verify", "logits", "eval", "env"}
+    assert set(COMMANDS) == {"demo", "recipe", "sft", "qat", "import", "export", "verify", "logits", "eval", "env", "data"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -66,7 +66,7 @@ def test_every_command_has_help_that_explains_its_options(command, capsys):
         (["srt"], 2, "did you mean 'sft'"),
         (["sft", "--config", "no/such.yaml"], 2, "cannot be read"),
         (["sft", "optimizer.learning_rat=1"], 2, "did you mean 'optimizer.learning_rate'"),
-        (["sft", "model=x", "output=y"], 2, "data.train is not set"),
+        (["sft", "data.train=x", "output=y"], 2, "model is not set"),
         (["qat", "model=x"], 2, "no `quant`"),
         (["sft", "quant.format=mxfp4"], 2, "gptoss-jax qat"),
         (["recipe", "configs/sft_20b.yaml"], 2, "configs/sft_20b.yaml"),
