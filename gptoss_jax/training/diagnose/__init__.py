@@ -1,6 +1,5 @@
 """Does a fine-tuned model need quantization-aware training, or is rounding it enough? `diagnose` compares weights, measures loss, and says so."""
 
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from gptoss_jax.checkpoint.store import read_json
 from gptoss_jax.data import load_rows, system_text
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
+from gptoss_jax.training.config import DataConfig, parse
 from gptoss_jax.training.diagnose.gap import Gap, loss_gap
 from gptoss_jax.training.diagnose.report import Diagnosis, plot_layers, table
 from gptoss_jax.training.diagnose.weights import Change, weight_changes
+from gptoss_jax.training.held_out import held_out_rows
 
 __all__ = ["Change", "Diagnosis", "Gap", "diagnose", "loss_gap", "plot_layers", "recorded_base", "table", "weight_changes"]
 
@@ -33,7 +34,7 @@ def diagnose(
 
     Args:
       base: default: what the checkpoint says it was trained from.
-      data: held-out conversations; default: the run's own (`data.eval`), or nano's development set where the base is nano.
+      data: held-out conversations; default: the run's own (`data.eval` or `data.eval_fraction`), or nano's development set where the base is nano.
       limit: conversations at most, spread evenly over the file.
 
     Raises:
@@ -42,18 +43,22 @@ def diagnose(
     """
     run, quant = _record(checkpoint)
     base = base or recorded_base(checkpoint)
-    settings = (run or {}).get("data") or {}
-    if data is None:
-        data = settings.get("eval") or (NANO / "tasks" / "dev.jsonl" if Path(base).name == NANO.name else None)
-    rows = load_rows(data).rows if data is not None else []
+    settings = parse(run).data if run else DataConfig()
+    if data is not None:
+        rows, name = load_rows(data).rows, str(data)
+    elif (rows := held_out_rows(settings)) is not None:
+        name = "the run's held-out set"
+    elif Path(base).name == NANO.name:
+        rows, name = load_rows(NANO / "tasks" / "dev.jsonl").rows, "nano's development set"
+    else:
+        rows, name = [], None
     rows = rows[:: -(-len(rows) // limit)] if rows else rows
-    date = settings.get("system_date")
-    system = system_text(datetime.date.fromisoformat(date), settings["reasoning_effort"]) if date else None
+    system = system_text(settings.system_date, settings.reasoning_effort) if settings.system_date else None
     note("comparing weights")
     changes = weight_changes(checkpoint, base, fmt)
     gap = loss_gap(checkpoint, fmt, rows, dtype, system=system, note=note) if rows else None
     trained_for = ", ".join(sorted({rule["format"]["name"] for rule in quant["rules"]})) if quant else None
-    return Diagnosis(str(checkpoint), str(base), fmt.name, changes, gap, str(data) if data is not None else None, trained_for)
+    return Diagnosis(str(checkpoint), str(base), fmt.name, changes, gap, name, trained_for)
 
 
 def _record(checkpoint: str | Path) -> tuple[Any, Any]:

@@ -49,7 +49,7 @@ class Diagnosis:
     def describe(self) -> str:
         """The verdict in words, with its numbers and its rule."""
         what = {
-            "open": "the weights alone do not tell whether quantization-aware training is needed: give held-out conversations with --data",
+            "open": "weights alone do not tell here whether quantization-aware training is needed: give held-out conversations with --data",
             "done": f"this checkpoint was trained for {self.trained_for}: its rounded weights are what is deployed, not the masters compared here",
         }
         lines = ["VERDICT: " + what.get(self.verdict, f"quantization-aware training is {self.verdict}") + "."]

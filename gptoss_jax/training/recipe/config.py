@@ -34,10 +34,12 @@ VARIANT_SECTIONS = ("sft", "qat", "data")
 
 
 class TaskEntry(Section):
-    """A task file, or the name of a task that comes along; title of its column; NVIDIA's task that it stands beside."""
+    """A task file, or the name of a task that comes along, with the title of its column, NVIDIA's task beside it, and limits over the file's."""
 
     file: str
     title: str | None = None
+    limit: PositiveInt | None = None
+    max_new_tokens: PositiveInt | None = None
     nvidia: NvidiaTask | None = None
 
 

@@ -14,6 +14,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation import LocalSubject, Task, TaskResult, load_task, run_task
 from gptoss_jax.evaluation.scorers import Loss
 from gptoss_jax.model import GptOssConfig
+from gptoss_jax.training.held_out import held_out_rows
 from gptoss_jax.training.recipe.config import RecipeConfig
 from gptoss_jax.training.recipe.guard import Guard
 from gptoss_jax.training.recipe.results import Column, Measured
@@ -53,11 +54,12 @@ class Evaluation:
     def __init__(self, config: RecipeConfig, model_config: GptOssConfig, tokenizer: Any, dtype: Any, load: Callable[[Any], Model]):
         self.config, self.model_config, self.tokenizer, self.dtype, self._load = config, model_config, tokenizer, dtype, load
         self.system = system_text(config.data.system_date, config.data.reasoning_effort) if config.data.system_date else None
-        self.held_out = load_rows(config.data.eval).rows if config.data.eval else None
+        self.held_out = held_out_rows(config.data)
         self.tasks: dict[str, Task] = {}
         self.columns: dict[str, Column] = {}
         for entry in config.tasks:
-            task = load_task(entry.file, config.evaluation)
+            over = {key: value for key in ("limit", "max_new_tokens") if (value := getattr(entry, key)) is not None}
+            task = replace(load_task(entry.file, config.evaluation), **over)
             if task.name in self.tasks:
                 raise UsageError(f"recipe: two tasks are called {task.name!r}")
             if isinstance(task.scorer, Loss):
@@ -73,7 +75,7 @@ class Evaluation:
         if task.data is not None:
             return task.rows()
         if self.held_out is None:
-            raise UsageError(f"recipe: task {task.name!r} has no data of its own, and there is no data.eval")
+            raise UsageError(f"recipe: task {task.name!r} has no data of its own, and the recipe neither data.eval nor data.eval_fraction")
         return task.select(self.held_out)
 
     def is_complete(self, measured: Measured) -> bool:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.training.config import Section
@@ -30,6 +30,8 @@ class Measured(Section):
       steps_trained: optimizer steps since the base.
       kl: mean KL(base || row) in nats per trained token of the guard conversations; None without them.
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss that is not finite stays what it is
 
     row: RowName
     seed: int
@@ -58,6 +60,8 @@ class Spread(NamedTuple):
 
 class Results(Section):
     """All that a recipe measured, in the order of its table."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     tasks: dict[str, Column]
     results: tuple[Measured, ...]
