@@ -1,49 +1,31 @@
-"""Conversations in the `messages` form -> harmony text -> token ids with a mask of the trained ones.
+"""Rendered conversations -> token ids, labels and loss weights: the tokenizer's side of the harmony format.
 
-One turn of the text (no line breaks between messages):
-
-    <|start|>system<|message|>...<|end|>                                    the release's system text, or none (nano)
-    <|start|>developer<|message|># Instructions\n\nTEXT\n\n<|end|>           a leading message of role "developer" or "system"
-    <|start|>user<|message|>TEXT<|end|>
-    <|start|>assistant<|channel|>analysis<|message|>THINKING<|end|>          last turn only: the release never shows old thoughts
-    <|start|>assistant<|channel|>final<|message|>TEXT<|return|>              last turn; an earlier one ends with <|end|>
-
-This is the text of the release's chat template for conversations without tools, character by character.
-
-Trained tokens, `train_on="assistant"`: what the model itself produces, which begins after the `<|start|>assistant` that prompts it and ends with
-its stop token. Between analysis and final it writes `<|end|><|start|>assistant` itself, so these are trained. The `<|end|>` of an
-earlier final is not: it was put there in place of `<|return|>`, and a model that learned to write it would not stop. `train_on="all"`: every
-token (what NVIDIA's recipe does).
-
-Encoding: special tokens go in by id, everything else as text with special tokens disabled, so that no message can forge one.
+Special tokens go in by id, everything else as text with special tokens disabled, so that no message can forge one. The text is made by `rendering`,
+the documents of a conversation by `examples`; what other modules need of both is found here as well.
 """
 
-import datetime
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptoss_jax.data.examples import TrainOn, training_examples
+from gptoss_jax.data.rendering import SPECIAL_TOKENS, Piece, System, render, text_of
 from gptoss_jax.errors import CorruptError, UsageError
 
-SPECIAL_TOKENS = (
-    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>",
-    "<|endofprompt|>",
-)  # fmt: skip
-TrainOn = Literal["assistant", "all"]
+__all__ = [
+    "SPECIAL_TOKENS", "Encoded", "HarmonyEncoder", "Piece", "System", "TrainOn", "encode_conversations", "encode_examples", "load_tokenizer",
+    "render", "text_of", "training_examples",
+]  # fmt: skip
 
-
-class Piece(NamedTuple):
-    """A stretch of the text: one special token, or text between two of them."""
-
-    text: str
-    special: bool
-    trained: bool
+ROWS_AT_ONCE = 512  # rows whose texts go to the tokenizer in one call: enough for its threads, and little beside the tokens
 
 
 class Encoded(NamedTuple):
-    """A tokenized conversation. At place i the model reads `ids[i]` and is trained, with weight `weights[i]`, to produce `labels[i]`.
+    """A tokenized document. At place i the model reads `ids[i]` and is trained, with weight `weights[i]`, to produce `labels[i]`.
 
     The two tokens differ in one case only: where the `<|end|>` of an earlier answer stands for the `<|return|>` that the model itself writes there.
     """
@@ -53,62 +35,11 @@ class Encoded(NamedTuple):
     weights: np.ndarray  # float32 [n], 0 = not trained
 
 
-def system_text(date: datetime.date, reasoning_effort: str = "medium") -> str:
-    """The release's default system message. The date is an argument: the template's own is the day on which it runs."""
-    return (
-        "You are ChatGPT, a large language model trained by OpenAI.\n"
-        f"Knowledge cutoff: 2024-06\nCurrent date: {date.isoformat()}\n\n"
-        f"Reasoning: {reasoning_effort}\n\n"
-        "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-    )
-
-
-def _message(header: str, text: str, stop: str, trained: tuple[bool, bool, bool], channel: str | None = None) -> list[Piece]:
-    """`trained` of (`<|start|>` header, the middle, the stop token)."""
-    start, middle, end = trained
-    pieces = [Piece("<|start|>", True, start), Piece(header, False, start)]
-    if channel:
-        pieces += [Piece("<|channel|>", True, middle), Piece(channel, False, middle)]
-    pieces.append(Piece("<|message|>", True, middle))
-    if text:
-        pieces.append(Piece(text, False, middle))
-    return [*pieces, Piece(stop, True, end)]
-
-
-def render(messages: Sequence[dict[str, Any]], *, system: str | None = None, train_on: TrainOn = "assistant", prompt: bool = False) -> list[Piece]:
-    """The pieces of a conversation. With `prompt` it ends with the `<|start|>assistant` that asks for an answer, and nothing is trained.
-
-    `messages` must have passed `messages.check_row`: an optional system or developer message, then user and assistant ones.
-    """
-    everything = train_on == "all" and not prompt
-    untrained, produced = (everything,) * 3, (everything, not prompt, not prompt)
-    pieces = _message("system", system, "<|end|>", untrained) if system else []
-    if messages and messages[0]["role"] in ("developer", "system"):
-        if messages[0]["content"]:
-            pieces += _message("developer", f"# Instructions\n\n{messages[0]['content']}\n\n", "<|end|>", untrained)
-        messages = messages[1:]
-    for i, message in enumerate(messages):
-        last = i == len(messages) - 1 and not prompt
-        if message["role"] == "user":
-            pieces += _message("user", message["content"], "<|end|>", untrained)
-            continue
-        thinking = message.get("thinking") if last else None
-        if thinking:
-            pieces += _message("assistant", thinking, "<|end|>", produced, "analysis")
-        header = everything or (bool(thinking) and not prompt)
-        pieces += _message("assistant", message["content"], "<|return|>" if last else "<|end|>", (header, not prompt, last or everything), "final")
-    if prompt:
-        pieces += [Piece("<|start|>", True, False), Piece("assistant", False, False)]
-    return pieces
-
-
-def text_of(pieces: Iterable[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
-
-
 class HarmonyEncoder:
-    """Turns rendered pieces into ids with a fast tokenizer of transformers. Texts are encoded once each and kept.
+    """Turns rendered pieces into ids with a fast tokenizer of transformers.
 
+    Each text is tokenized once per call. What occurred more than once (headers, channels, system and developer texts) is kept for the next call, the
+    rest is not, so memory does not grow with the data.
     Raises UsageError when the tokenizer lacks one of the special tokens that the format needs.
     """
 
@@ -121,37 +52,71 @@ class HarmonyEncoder:
             raise UsageError(f"the tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}: not a harmony tokenizer")
         self._special_ids = {name: vocab[name] for name in SPECIAL_TOKENS if name in vocab}
         self._forbidden = np.array(sorted(set(tokenizer.all_special_ids) | set(self._special_ids.values()) | set(tokenizer.added_tokens_decoder)))
-        self._ids: dict[str, np.ndarray] = {}
+        self._kept: dict[str, np.ndarray] = {}
 
-    def _encode_new(self, texts: Iterable[str]) -> None:
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        if not new:
-            return
-        encoded = self.tokenizer(new, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
-        flat = np.fromiter((i for ids in encoded for i in ids), np.int32)
-        if np.isin(flat, self._forbidden).any():
-            raise CorruptError("a message was encoded to a special token: this tokenizer does not honour split_special_tokens")
-        for text, ids in zip(new, encoded):
-            self._ids[text] = np.array(ids, np.int32)
+    def _tokenize(self, counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """int32 ids of each text; `counts` says how often each occurs."""
+        ids = {text: self._kept[text] for text in counts if text in self._kept}
+        new = [text for text in counts if text not in ids]
+        if new:
+            encoded = self.tokenizer(new, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+            ids.update(zip(new, (np.array(one, np.int32) for one in encoded)))
+            if np.isin(np.concatenate([ids[text] for text in new]), self._forbidden).any():
+                raise CorruptError("a message was encoded to a special token: this tokenizer does not honour split_special_tokens")
+        self._kept = {text: ids[text] for text, count in counts.items() if count > 1}
+        return ids
 
     def encode(self, rendered: Sequence[Sequence[Piece]]) -> list[Encoded]:
-        """One `Encoded` for each list of pieces."""
-        self._encode_new(piece.text for pieces in rendered for piece in pieces if not piece.special)
+        """One `Encoded` for each list of pieces. UsageError where a piece is a special token that the tokenizer does not have."""
+        for name in {name for pieces in rendered for piece in pieces if piece.special for name in (piece.text, piece.label or piece.text)}:
+            if name not in self._special_ids:
+                raise UsageError(f"a conversation needs {name}, which the tokenizer {self.tokenizer.name_or_path!r} does not have")
+        ids = self._tokenize(Counter(piece.text for pieces in rendered for piece in pieces if not piece.special))
         special = {name: np.array([i], np.int32) for name, i in self._special_ids.items()}
         out = []
         for pieces in rendered:
-            parts = [special[piece.text] if piece.special else self._ids[piece.text] for piece in pieces]
-            trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in parts])
-            ids = np.concatenate(parts)
-            out.append(Encoded(ids, ids, trained.astype(np.float32)))
+            parts = [special[piece.text] if piece.special else ids[piece.text] for piece in pieces]
+            tokens = np.concatenate(parts)
+            labels = tokens
+            if any(piece.label for piece in pieces):
+                labels = np.concatenate([special[piece.label] if piece.label else part for piece, part in zip(pieces, parts)])
+            weights = np.repeat(np.array([piece.weight for piece in pieces], np.float32), [len(part) for part in parts])
+            out.append(Encoded(tokens, labels, weights))
         return out
 
 
+def encode_examples(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    system: System | str | None = None,
+    train_on: TrainOn = "assistant",
+    only_last: bool = False,
+) -> Iterator[list[Encoded]]:
+    """For each row, in order, the documents that train it (`training_examples`): none, one or several.
+
+    Rows are consumed as the result is, `ROWS_AT_ONCE` at a time; nothing of them is kept.
+    """
+    encoder, rows = HarmonyEncoder(tokenizer), iter(rows)
+    while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        documents = [training_examples(row, system=system, train_on=train_on, only_last=only_last) for row in chunk]
+        encoded = iter(encoder.encode([document for of_row in documents for document in of_row]))
+        for of_row in documents:
+            yield list(islice(encoded, len(of_row)))
+
+
 def encode_conversations(
-    rows: Sequence[dict[str, Any]], tokenizer: Any, *, system: str | None = None, train_on: TrainOn = "assistant"
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, system: System | str | None = None, train_on: TrainOn = "assistant"
 ) -> list[Encoded]:
-    """Token ids and trained mask of each row, a dict with its conversation under "messages"."""
-    return HarmonyEncoder(tokenizer).encode([render(row["messages"], system=system, train_on=train_on) for row in rows])
+    """One document for each row, a dict with its conversation under "messages": the last turn in its context. For evaluation; see `encode_examples`.
+
+    A row of which nothing is trained (weight 0, a channel that its last turn does not have) raises UsageError.
+    """
+    encoded = list(encode_examples(rows, tokenizer, system=system, train_on=train_on, only_last=True))
+    empty = [i for i, documents in enumerate(encoded) if not documents]
+    if empty:
+        raise UsageError(f"row {empty[0]} has nothing to evaluate: the last turn has weight 0, or nothing in the channels {train_on!r}")
+    return [documents[0] for documents in encoded]
 
 
 def load_tokenizer(directory: str | Path) -> Any:

@@ -4,17 +4,17 @@ Texts of a chunk are dropped once they are tokens, so memory is that of the toke
 compiled: what cannot be trained on is an error, what looks like a mistake a warning.
 """
 
-import datetime
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from gptoss_jax.data.documents import Documents, DocumentsBuilder, Span
-from gptoss_jax.data.harmony import HarmonyEncoder, TrainOn, render, system_text
+from gptoss_jax.data.harmony import Encoded, HarmonyEncoder, System, TrainOn, training_examples
 from gptoss_jax.data.mixture import mix, split_rows
 from gptoss_jax.data.packing import Packed, TooLong, pack
 from gptoss_jax.data.sources import Conversation, Source, conversations, refuse_bad
@@ -47,20 +47,15 @@ class Corpus(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How conversations become documents and rows; the fields are those of the `data` section of a config."""
+    """How conversations become documents and rows, as the `data` section of a config says."""
 
     tokenizer: Any
     row_length: int
     packing: bool = True
     train_on: TrainOn = "assistant"
     too_long: TooLong = "error"
-    system_date: datetime.date | None = None
-    reasoning_effort: str = "medium"
+    system: System | None = None
     skip_bad_rows: bool = False
-
-    @property
-    def system(self) -> str | None:
-        return system_text(self.system_date, self.reasoning_effort) if self.system_date else None
 
     def tokenize(self, sources: Sequence[Source], tick: Tick = lambda rows, tokens: None, *, keep_bad: bool = False) -> Corpus:
         """Reads and encodes every row. With `keep_bad`, bad rows and empty sources are only counted.
@@ -94,9 +89,11 @@ class Pipeline:
         span = Span(np.cumsum(count) - count, count)
         return Corpus(builder.build(), span, np.array(source_of, np.int32), np.array(hashes, np.uint64), counts)
 
-    def _encode(self, encoder: HarmonyEncoder, rows: list[dict[str, Any]]) -> list[list[Any]]:
-        """The training documents of each conversation."""
-        return [[document] for document in encoder.encode([render(row["messages"], system=self.system, train_on=self.train_on) for row in rows])]
+    def _encode(self, encoder: HarmonyEncoder, rows: list[dict[str, Any]]) -> list[list[Encoded]]:
+        """The training documents of each conversation: none, one or several (data/examples.py)."""
+        examples = [training_examples(row, system=self.system, train_on=self.train_on) for row in rows]
+        encoded = iter(encoder.encode([document for of_row in examples for document in of_row]))
+        return [list(islice(encoded, len(of_row))) for of_row in examples]
 
     def pack(self, name: str, selected: "Selected") -> Packed:
         """The rows of a set. UsageError, beginning with `name`, where nothing is left to train on."""

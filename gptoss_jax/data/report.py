@@ -57,6 +57,7 @@ class SetReport:
     num_longer: int  # than a row
     num_cut_answers: int  # of these, with trained tokens beyond the row
     num_untrained: int  # documents without a trained token within the row
+    num_empty: int  # conversations without a document
     num_duplicates: int  # conversations that repeat an earlier one of the set, without the repeats of the mixture
 
     @property
@@ -86,6 +87,7 @@ class SetReport:
         cut = f"; {self.num_cut_answers:,} of them lose a part of their answer" if self.too_long == "truncate" and self.num_cut_answers else ""
         found = [
             (self.num_longer, f"documents are longer than a row of {self.row_length:,} tokens and {what[self.too_long]}{cut}"),
+            (self.num_empty, "conversations have nothing to train: weight 0, or no message in the channels of data.loss"),
             (self.num_untrained, "documents have no trained token within a row: they cost time and teach nothing"),
             (self.num_duplicates, "conversations repeat an earlier one of the same set"),
             (sum(source.num_bad for source in self.sources), "bad rows are left out"),
@@ -105,6 +107,7 @@ def report(name: str, selected: Selected, pipeline: Pipeline) -> SetReport:
     inside = np.minimum(documents.lengths[kept], row_length)
     within = trained[kept] - cut[kept]
     distinct = np.unique(selected.conversations)
+    filled = distinct[corpus.span.count[distinct] > 0]
     per_epoch = np.bincount(corpus.source_of[selected.conversations], minlength=len(corpus.counts))
     return SetReport(
         name=name,
@@ -126,7 +129,8 @@ def report(name: str, selected: Selected, pipeline: Pipeline) -> SetReport:
         num_longer=int(longer.sum()),
         num_cut_answers=int((cut[order] > 0).sum()),
         num_untrained=int((within == 0).sum()),
-        num_duplicates=len(distinct) - len(np.unique(corpus.hash_of[distinct])),
+        num_empty=int((corpus.span.count[selected.conversations] == 0).sum()),
+        num_duplicates=len(filled) - len(np.unique(corpus.hash_of[filled])),
     )
 
 

@@ -12,9 +12,9 @@ from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.ops.cross_entropy import token_losses
 
 
-@lru_cache(maxsize=8)
+@lru_cache
 def make_predict(config: GptOssConfig, dtype, expert_quant: ExpertQuant | None = None):
-    """A compiled `predict(params) -> Predict`: one compilation serves all models of this config, dtype and quantization, whoever asks for it."""
+    """A compiled `predict(params) -> Predict`: one compilation serves all models of this config, dtype and `expert_quant` (the same object)."""
 
     @jax.jit
     def run(params: Params, batch: Batch) -> Prediction:

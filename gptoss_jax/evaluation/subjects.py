@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.checkpoint.models import Model
-from gptoss_jax.data.harmony import HarmonyEncoder, encode_conversations, load_tokenizer, render
+from gptoss_jax.data.harmony import Encoded, HarmonyEncoder, encode_conversations, load_tokenizer, render
 from gptoss_jax.data.packing import pack
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.answers import Answer, parse_answer
@@ -35,6 +36,10 @@ class Subject(Protocol):
     ) -> list[Answer]: ...
 
 
+# one object for equal settings, so that subjects of equal shape share compiled programs
+_expert_quant = lru_cache(make_expert_quant)
+
+
 class LocalSubject:
     """A loaded model.
 
@@ -44,36 +49,42 @@ class LocalSubject:
     """
 
     def __init__(self, model: Model, tokenizer: Any = None, dtype: Any = jnp.float32, *, numerics: str = "trained"):
-        self.model, self.dtype = model, jnp.dtype(dtype)
+        self.model, self.dtype, self.numerics = model, jnp.dtype(dtype), numerics
         self.tokenizer = tokenizer or load_tokenizer(model.directory)
-        if numerics == "trained":
-            self.expert_quant = model.expert_quant(self.dtype)
-        else:
-            self.expert_quant = make_expert_quant(None if numerics == "bf16" else default_policy(numerics), self.dtype)
+        policy = model.policy if numerics == "trained" else None if numerics == "bf16" else default_policy(numerics)
+        self.expert_quant = _expert_quant(policy, self.dtype)
         self.predict = make_predict(model.config, self.dtype, self.expert_quant)(model.params)
         self._answers: dict[str, Answer] = {}  # two tasks may ask the same
 
-    def _precision(self):
+    def with_model(self, model: Model) -> "LocalSubject":
+        """Another model under the same settings."""
+        return LocalSubject(model, self.tokenizer, self.dtype, numerics=self.numerics)
+
+    def precision(self):
+        """The precision of matrix products that its dtype means."""
         # products of float32 are TF32 on a GPU unless asked otherwise
         return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else nullcontext()
 
     def evaluation_set(self, rows: Sequence[dict[str, Any]], system: str | None = None) -> EvaluationSet:
         """The rows' references, packed into batches of one shape."""
-        documents = encode_conversations(rows, self.tokenizer, system=system)
+        return self.pack(encode_conversations(rows, self.tokenizer, system=system), list(rows))
+
+    def pack(self, documents: Sequence[Encoded], rows: list[dict[str, Any]] | None = None) -> EvaluationSet:
+        """Documents in rows just long enough for the longest, in batches of `BATCH_TOKENS`."""
         longest = max((len(document.ids) for document in documents), default=1)
         row_length = -(-longest // ROW_UNIT) * ROW_UNIT
-        return EvaluationSet(list(rows), pack(documents, row_length), max(1, BATCH_TOKENS // row_length))
+        return EvaluationSet(rows or [{}] * len(documents), pack(documents, row_length), max(1, BATCH_TOKENS // row_length))
 
     def score(self, rows: Sequence[dict[str, Any]], *, system: str | None = None, report: Report | None = None) -> Scores:
         """Loss and greedy verdict of every row's reference by one forward pass."""
-        with self._precision():
+        with self.precision():
             return score(self.predict, self.evaluation_set(rows, system), report)
 
     def answer(self, conversations, *, system=None, max_new_tokens=512, report=None) -> list[Answer]:
         keys = [json.dumps([messages, system, max_new_tokens], ensure_ascii=False) for messages in conversations]
         new = {key: messages for key, messages in zip(keys, conversations) if key not in self._answers}
         if new:
-            with self._precision():
+            with self.precision():
                 row_length = self._row_length(list(new.values()), system, max_new_tokens)
                 texts = greedy_answer(self.predict, list(new.values()), self.tokenizer, row_length, system=system)
             self._answers |= {key: parse_answer(text) for key, text in zip(new, texts)}

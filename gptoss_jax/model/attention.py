@@ -4,12 +4,14 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gptoss_jax.model.cache import LayerCache
 from gptoss_jax.model.config import SLIDING, GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.model.layers import Linear
 from gptoss_jax.model.rope import rotate
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.attention import attention
+from gptoss_jax.ops.attention.decode import decode_attention
 from gptoss_jax.ops.remat import product
 
 
@@ -25,12 +27,26 @@ class Attention(nnx.Module):
         self.o_proj = Linear(q_size, config.hidden_size, ("embed", "heads"), **make)
         self.sinks = weight(rngs, (config.num_attention_heads,), ("heads",), layers=layers, dtype=dtype, init="zeros")
 
-    @jax.named_scope("attention")
-    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
-        batch, length, _ = x_BTD.shape
-        heads = lambda x: x.reshape(batch, length, -1, self.config.head_dim)
+    def project(self, x_BTD: Float[Array, "B T D"], context: Context):
+        """Rotated queries and keys, and values: [B, T, heads, H]."""
+        heads = lambda x: x.reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
         q_BTNH = rotate(product(heads(self.q_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
         k_BTKH = rotate(product(heads(self.k_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
-        v_BTKH = product(heads(self.v_proj(x_BTD)))
+        return q_BTNH, k_BTKH, product(heads(self.v_proj(x_BTD)))
+
+    @jax.named_scope("attention")
+    def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, context)
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window, context.backend)
-        return self.o_proj(out_BTNH.reshape(batch, length, -1))
+        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+
+    @jax.named_scope("attention")
+    def cached(self, x_BTD: Float[Array, "B T D"], context: Context, past: LayerCache | None):
+        """The same with the keys and values of x beside it, [B, K, T, H] each: of a prompt (past None), or of one token after what `past` holds."""
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, context)
+        if past is None:
+            out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window, context.backend)
+        else:
+            new = q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0]
+            out_BTNH = decode_attention(*new, past.k, past.v, self.sinks[...], context.lengths_B, self.window)
+        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1)), LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))

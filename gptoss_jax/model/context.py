@@ -17,7 +17,10 @@ def plain_cast(dtype) -> ExpertQuant:
 
 @dataclass(frozen=True)
 class Context:
-    """Per-row tables and the two choices that SFT and QAT differ in: where expert weights come from, and whether to hand them out."""
+    """Per-row tables and the two choices that SFT and QAT differ in: where expert weights come from, and whether to hand them out.
+
+    Generation sets the last two: which of the stacked expert weights are the layer's own, and how many tokens of each row the cache holds.
+    """
 
     segment_ids_BT: Int[Array, "B T"]
     cos_BTC: Float[Array, "B T C"]
@@ -25,6 +28,8 @@ class Context:
     expert_quant: ExpertQuant
     capture: bool
     backend: str | None = None  # of attention and experts, see `gptoss_jax.ops.backend`
+    layer: Int[Array, ""] | int | None = None
+    lengths_B: Int[Array, "B"] | None = None
 
     @property
     def real_BT(self) -> Bool[Array, "B T"]:

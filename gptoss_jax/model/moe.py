@@ -22,6 +22,7 @@ from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.experts import expert_mlp
+from gptoss_jax.ops.experts.inference import expert_mlp_inference
 from gptoss_jax.ops.remat import product
 
 
@@ -65,7 +66,7 @@ class Experts(nnx.Module):
     """All experts of a layer. `gate_up_proj` [E, U, D] and `down_proj` [E, D, F] are the weights that get quantized."""
 
     def __init__(self, config: GptOssConfig, *, rngs, dtype, layers: int | None):
-        self.limit = config.swiglu_limit
+        self.limit, self.num_experts = config.swiglu_limit, config.num_local_experts
         experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
         make = dict(layers=layers, dtype=dtype)
         self.gate_up_proj = weight(rngs, (experts, 2 * width, hidden), ("expert", "expert_mlp", "expert_embed"), **make)
@@ -75,6 +76,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x_SD, experts_SA, weights_SA, context: Context) -> tuple[Float[Array, "S D"], dict]:
         """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
+        if context.layer is not None:
+            return self._inference(x_SD, experts_SA, weights_SA, context), {}
         w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
         w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
         out_SD = expert_mlp(
@@ -83,6 +86,16 @@ class Experts(nnx.Module):
         )
         captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
         return out_SD, captured
+
+    def _inference(self, x_SD, experts_SA, weights_SA, context: Context) -> Float[Array, "S D"]:
+        """With ready compute weights (`inference.prepare_params`) of all stacked layers, of which `context.layer` is this one."""
+        variables = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        flat = lambda weights, dims: jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - dims :]), weights)
+        weights = (flat(variable.get_value(), dims) for variable, dims in zip(variables, (2, 1, 2, 1)))
+        return expert_mlp_inference(
+            x_SD, experts_SA, weights_SA, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit,
+            backend=context.backend,
+        )
 
 
 class Moe(nnx.Module):

@@ -7,6 +7,7 @@ layers left over. So compile time does not grow with depth, and any pattern of l
 Legend: B batch  T tokens of a row  D hidden  V vocab
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.attention import Attention
+from gptoss_jax.model.cache import KVCache, LayerCache
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context, ExpertQuant, plain_cast
 from gptoss_jax.model.layers import RMSNorm
@@ -25,6 +27,7 @@ from gptoss_jax.model.moe import Moe, RouterStats
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
 from gptoss_jax.ops.embedding import embedding
+from gptoss_jax.ops.grouped_matmul.xla import values
 from gptoss_jax.ops.remat import Remat, product, rematerialize
 
 Params = Mapping[str, Array]
@@ -44,6 +47,12 @@ class Block(nnx.Module):
         x_BTD = product(x_BTD + self.self_attn(self.input_layernorm(x_BTD), context))
         y_BTD, stats, captured = self.mlp(self.post_attention_layernorm(x_BTD), context)
         return x_BTD + y_BTD, (stats, captured if context.capture else None)
+
+    def cached(self, x_BTD, context: Context, past: LayerCache | None):
+        """The layer in generation, with the keys and values of x: see `Attention.cached`."""
+        out_BTD, new = self.self_attn.cached(self.input_layernorm(x_BTD), context, past)
+        x_BTD = x_BTD + out_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), context)[0], new
 
 
 class Embedding(nnx.Module):
@@ -90,6 +99,34 @@ class GptOss(nnx.Module):
             tail_extras.append(extra)
         return self.norm(x_BTD), extras, tail_extras
 
+    def cached(self, tokens_BT, context: Context, cache: KVCache, dtype, *, is_prompt: bool):
+        """Final normed hidden states, and the keys and values [.., B, K, T, H] of the tokens per block position and tail layer.
+
+        Expert weights are not scanned over but indexed, see `gptoss_jax.ops.experts.inference`.
+        """
+        graph, experts, others = nnx.split(self.blocks, lambda path, _: "experts" in path, ...)
+
+        def past_of(layers: LayerCache, index) -> LayerCache | None:
+            return None if is_prompt else layers.layer(index)
+
+        def period(x_BTD, scanned):
+            index, others = scanned
+            here, new = dataclasses.replace(context, layer=index), []
+            for block, layers in zip(nnx.merge(graph, experts, jax.tree.map(values, others)), cache.blocks, strict=True):
+                x_BTD, kv = block.cached(x_BTD, here, past_of(layers, index))
+                new.append(kv)
+            return x_BTD, new
+
+        x_BTD = values(self.embed_tokens.weight[...][tokens_BT]).astype(dtype)
+        x_BTD, new = lax.scan(period, x_BTD, (jnp.arange(self.config.repeats), others))
+        new_tail = []
+        for block, layers in zip(self.tail, cache.tail, strict=True):
+            block_graph, experts, others = nnx.split(block, lambda path, _: "experts" in path, ...)
+            block = nnx.merge(block_graph, experts, jax.tree.map(values, others))
+            x_BTD, kv = block.cached(x_BTD, dataclasses.replace(context, layer=0), past_of(layers, 0))
+            new_tail.append(jax.tree.map(lambda x: x[None], kv))
+        return self.norm(x_BTD), new, new_tail
+
 
 class Output(NamedTuple):
     """Result of `forward`. Router statistics are stacked over all layers in layer order; `captured` maps parameter names of expert projections
@@ -124,6 +161,12 @@ def init_params(config: GptOssConfig, key: Array, dtype=jnp.float32) -> dict[str
     return named_leaves(nnx.split(GptOss(config, rngs=nnx.Rngs(params=key), dtype=dtype))[1])
 
 
+def build_model(config: GptOssConfig, params: Params) -> GptOss:
+    """The modules around these parameters."""
+    graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
+    return nnx.merge(graph, fill_state(state, dict(params)))
+
+
 def forward(
     config: GptOssConfig,
     params: Params,
@@ -152,8 +195,7 @@ def forward(
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
-    model = nnx.merge(graph, fill_state(state, dict(params)))
+    model = build_model(config, params)
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
     context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ ExpertQuant = Callable[[str, Float[Array, "E out in"]], tuple[Float[Array, "E ou
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
-@lru_cache(maxsize=32)  # equal arguments give the same callable, so what was compiled with it is found again
 def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
     """Fake quantization of the experts by the policy, or only the cast to the compute dtype (policy None).
 

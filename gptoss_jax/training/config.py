@@ -36,6 +36,12 @@ Sources = Annotated[
     ),
 ]
 
+Loss = Annotated[
+    Annotated[Literal["assistant", "all", "analysis", "commentary", "final"], Tag("name")]
+    | Annotated[tuple[Literal["analysis", "commentary", "final"], ...], Tag("list"), Field(min_length=1)],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "name"),
+]
+
 
 class DataConfig(Section):
     # file, directory, hub name owner/name[:config][@split], or a list of these with weights
@@ -49,13 +55,15 @@ class DataConfig(Section):
     skip_bad_rows: bool = False
     row_length: PositiveInt = 4096
     packing: bool = True
-    # which tokens carry the loss
-    loss: Literal["assistant", "all"] = "assistant"
+    # which tokens carry the loss: all that the model writes, those of some of its channels, or every token
+    loss: Loss = "assistant"
     # conversations longer than a row
     too_long: Literal["error", "truncate", "drop"] = "error"
     # the release's system message with this date (its own template writes the day on which it runs); None is no system message
     system_date: datetime.date | None = None
     reasoning_effort: Literal["low", "medium", "high"] = "medium"
+    # that the system message declares
+    builtin_tools: tuple[Literal["browser", "python"], ...] = ()
 
     @model_validator(mode="after")
     def _one_evaluation_set(self):
@@ -207,7 +215,7 @@ def parse(raw: dict[str, Any], where: str = "config", lines: dict[tuple, int] | 
 
 
 # pydantic puts the kind of a union into its error paths: quant.mxfp4.scale_rule, data.train.list.0.weight
-_KINDS = {("quant",): ("mxfp4", "nvfp4"), ("data", "train"): ("path", "list"), ("data", "eval"): ("path", "list")}
+_KINDS = {("quant",): ("mxfp4", "nvfp4"), ("data", "train"): ("path", "list"), ("data", "eval"): ("path", "list"), ("data", "loss"): ("name", "list")}
 
 
 def _explain(error: dict, where: str, lines: dict[tuple, int]) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.models import Model, carried_files, load_model
 from gptoss_jax.checkpoint.source import open_checkpoint
-from gptoss_jax.data import BatchStream, Packed, Pipeline, load_tokenizer, one_pass, report, shared_warning, training_and_held_out
+from gptoss_jax.data import BatchStream, Packed, Pipeline, System, load_tokenizer, one_pass, report, shared_warning, training_and_held_out
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
@@ -53,8 +53,8 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
 def data_pipeline(data: DataConfig, tokenizer: Any) -> Pipeline:
     """How the `data` section turns conversations into rows."""
     return Pipeline(
-        tokenizer, data.row_length, packing=data.packing, train_on=data.loss, too_long=data.too_long, system_date=data.system_date,
-        reasoning_effort=data.reasoning_effort, skip_bad_rows=data.skip_bad_rows,
+        tokenizer, data.row_length, packing=data.packing, train_on=data.loss, too_long=data.too_long, skip_bad_rows=data.skip_bad_rows,
+        system=System(data.system_date, data.reasoning_effort, data.builtin_tools) if data.system_date else None,
     )  # fmt: skip
 
 

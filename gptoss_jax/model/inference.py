@@ -1,0 +1,124 @@
+"""Generation with a KV cache: `prepare_params` once, `prefill` a batch of prompts, then `decode_step` token by token.
+
+All three are pure; jit them with the cache donated. The layers are those of training (`GptOss.cached` runs the same modules), so there is no second
+copy of the arithmetic. Logits are computed where they are read, at the last token of each row.
+
+Legend: B rows  T tokens of a prompt, padded  V vocab
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from gptoss_jax.formats import mxfp4
+from gptoss_jax.model.cache import KVCache, append, fill
+from gptoss_jax.model.config import GptOssConfig
+from gptoss_jax.model.context import Context, ExpertQuant, plain_cast
+from gptoss_jax.model.rope import rope_tables
+from gptoss_jax.model.transformer import Params, build_model
+from gptoss_jax.ops.grouped_matmul.xla import bits, values
+
+_EXPERT_MATRIX = re.compile(r"experts\.(gate_up_proj|down_proj)$")
+_CAST = re.compile(r"(_proj\.weight|embed_tokens\.weight|lm_head\.weight)$")  # what the forward pass casts; norms, router, biases and sinks stay
+
+
+def prepare_params(params: Params, dtype, expert_quant: ExpertQuant | None = None) -> dict[str, Array | mxfp4.Codes]:
+    """The compute weights of a forward pass in `dtype`, made once: every cast, and the quantization of the experts, bit for bit.
+
+    Arrays that need no change are handed through, not copied. Expert projections that are MXFP4 codes already stay packed. On a CPU bfloat16 arrays
+    are kept as uint16 bits (`gptoss_jax.ops.grouped_matmul.xla.bits`).
+    """
+    dtype, quant = jnp.dtype(dtype), expert_quant or plain_cast(dtype)
+    as_bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+
+    def one(name: str, value):
+        if isinstance(value, mxfp4.Codes):
+            return value
+        projection = _EXPERT_MATRIX.search(name)
+        if projection is None and not _CAST.search(name):
+            return value
+        return _ready(value, projection and projection[1], quant, dtype, as_bits)
+
+    return {name: one(name, value) for name, value in params.items()}
+
+
+def _ready(value, projection: str | None, quant: ExpertQuant, dtype, as_bits: bool):
+    """Layer by layer where stacked, so that what quantization needs besides its result is one layer's."""
+
+    def run(value):
+        if projection is None:
+            ready = value.astype(dtype)
+        elif value.ndim == 4:
+            ready = lax.map(lambda layer: quant(projection, layer)[0], value)
+        else:
+            ready = quant(projection, value)[0]
+        return bits(ready) if as_bits else ready
+
+    unchanged = value.dtype == dtype and not as_bits and projection is None
+    return value if unchanged else jax.jit(run)(value)
+
+
+def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, lengths_B=None) -> Context:
+    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
+    return Context(segment_ids_BT, cos_BTC, sin_BTC, plain_cast(dtype), False, backend, lengths_B=lengths_B)
+
+
+def _logits(params: Mapping, hidden_BD, dtype) -> Float[Array, "B V"]:
+    """Float32 logits from a product in `dtype`."""
+    w_VD = values(params["lm_head.weight"])
+    return lax.dot_general(hidden_BD.astype(dtype), w_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def prefill(
+    config: GptOssConfig,
+    params: Mapping[str, Array | mxfp4.Codes],
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    cache: KVCache,
+    *,
+    dtype,
+    backend: str | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads prompts into an empty cache; the logits of the token that follows each.
+
+    Args:
+      params: of `prepare_params` with this dtype.
+      tokens_BT: prompts, padded on the right with any token.
+      lengths_B: tokens of each prompt, at least 1.
+      cache: of `init_cache`; full layers must have T slots or more.
+    """
+    positions_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    real_BT = positions_T < lengths_B[:, None]
+    context = _context(jnp.broadcast_to(positions_T, tokens_BT.shape), real_BT.astype(jnp.int32), config, dtype, backend)
+    hidden_BTD, new, new_tail = build_model(config, params).cached(tokens_BT, context, cache, dtype, is_prompt=True)
+    write = lambda layers, news: tuple(fill(old, *kv, lengths_B) for old, kv in zip(layers, news, strict=True))
+    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return _logits(params, last_BD, dtype), KVCache(write(cache.blocks, new), write(cache.tail, new_tail), lengths_B)
+
+
+def decode_step(
+    config: GptOssConfig,
+    params: Mapping[str, Array | mxfp4.Codes],
+    token_B: Int[Array, "B"],
+    cache: KVCache,
+    active_B: Bool[Array, "B"] | None = None,
+    *,
+    dtype,
+    backend: str | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Reads one more token of each row; the logits of the one that follows.
+
+    Rows that are not `active_B` are computed too, but do not get longer: what they wrote stays invisible. Full layers must have a free slot for every
+    active row.
+    """
+    lengths_B = cache.lengths_B
+    context = _context(lengths_B[:, None], jnp.ones_like(token_B)[:, None], config, dtype, backend, lengths_B)
+    hidden_B1D, new, new_tail = build_model(config, params).cached(token_B[:, None], context, cache, dtype, is_prompt=False)
+    one_token = lambda kv: jax.tree.map(lambda x_LBKTH: x_LBKTH[..., 0, :], kv)
+    write = lambda layers, news: tuple(append(old, *one_token(kv), lengths_B) for old, kv in zip(layers, news, strict=True))
+    longer_B = lengths_B + (1 if active_B is None else active_B.astype(jnp.int32))
+    return _logits(params, hidden_B1D[:, 0], dtype), KVCache(write(cache.blocks, new), write(cache.tail, new_tail), longer_B)
