@@ -8,7 +8,7 @@ from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.hf_config import MANIFEST
 from gptoss_jax.checkpoint.source import NANO, open_checkpoint
 from gptoss_jax.checkpoint.store import read_json
-from gptoss_jax.data import load_rows, system_text
+from gptoss_jax.data import load_rows
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.training.config import DataConfig, parse
@@ -16,6 +16,7 @@ from gptoss_jax.training.diagnose.gap import Gap, loss_gap
 from gptoss_jax.training.diagnose.report import Diagnosis, plot_layers, table
 from gptoss_jax.training.diagnose.weights import Change, weight_changes
 from gptoss_jax.training.held_out import held_out_rows
+from gptoss_jax.training.stage import data_pipeline
 
 __all__ = ["Change", "Diagnosis", "Gap", "diagnose", "loss_gap", "plot_layers", "recorded_base", "table", "weight_changes"]
 
@@ -53,10 +54,9 @@ def diagnose(
     else:
         rows, name = [], None
     rows = rows[:: -(-len(rows) // limit)] if rows else rows
-    system = system_text(settings.system_date, settings.reasoning_effort) if settings.system_date else None
     note("comparing weights")
     changes = weight_changes(checkpoint, base, fmt)
-    gap = loss_gap(checkpoint, fmt, rows, dtype, system=system, note=note) if rows else None
+    gap = loss_gap(checkpoint, fmt, rows, dtype, system=data_pipeline(settings, None).system, note=note) if rows else None
     trained_for = ", ".join(sorted({rule["format"]["name"] for rule in quant["rules"]})) if quant else None
     return Diagnosis(str(checkpoint), str(base), fmt.name, changes, gap, name, trained_for)
 

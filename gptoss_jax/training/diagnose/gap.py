@@ -6,7 +6,6 @@ through one compiled program.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.checkpoint.hf_layout import Piece, all_pieces
 from gptoss_jax.checkpoint.models import load_model
+from gptoss_jax.data import System
 from gptoss_jax.evaluation import LocalSubject, score
 from gptoss_jax.evaluation.predict import make_predict
 from gptoss_jax.formats import Format
@@ -47,17 +47,17 @@ def loss_gap(
     rows: list[dict[str, Any]],
     dtype: Any,
     *,
-    system: str | None = None,
+    system: System | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Gap:
     """The loss of a model and of its rounded copies on held-out conversations. `note` hears which layer is being measured."""
     dtype = jnp.dtype(dtype)
     model = load_model(sft, dtype)
-    evaluation_set = LocalSubject(model, dtype=dtype, numerics="bf16").evaluation_set(rows, system)
-    predict, params = make_predict(model.config, dtype), dict(model.params)
+    subject = LocalSubject(model, dtype=dtype, numerics="bf16")
+    evaluation_set = subject.evaluation_set(rows, system)
+    predict, params = make_predict(model.config, dtype, subject.expert_quant), dict(model.params)
     layers = list(_layers(model.config))
-    # products of float32 are TF32 on a GPU unless asked otherwise
-    with jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext():
+    with subject.precision():
         note("loss as the weights are")
         plain = score(predict(params), evaluation_set)
         per_layer = []

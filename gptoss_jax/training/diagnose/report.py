@@ -50,12 +50,12 @@ class Diagnosis:
         """The verdict in words, with its numbers and its rule."""
         what = {
             "open": "weights alone do not tell here whether quantization-aware training is needed: give held-out conversations with --data",
-            "done": f"this checkpoint was trained for {self.trained_for}: its rounded weights are what is deployed, not the masters compared here",
+            "done": f"this checkpoint was trained for {self.trained_for}: what is deployed are its rounded weights, not these masters",
         }
         lines = ["VERDICT: " + what.get(self.verdict, f"quantization-aware training is {self.verdict}") + "."]
         change, gap = self.all, self.gap
         lines.append(
-            f"Fine-tuning changes {change.codes_changed:.1%} of the {self.format.upper()} codes of the experts; rounding keeps {change.kept:.0%} of it "
+            f"Fine-tuning changes {change.codes_changed:.1%} of the experts' {self.format.upper()} codes; rounding keeps {change.kept:.0%} of it "
             f"(pull-back {change.pull_back:.2f}, error/delta {change.error_ratio:.2f})."
         )
         if gap is not None:

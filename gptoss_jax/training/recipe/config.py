@@ -81,6 +81,8 @@ class RecipeConfig(Section):
             raise ValueError("data.train is not set: a file, or nano")
         if (self.data.train == NANO_DATA) != (self.train_documents is not None):
             raise ValueError("train_documents and data.train: nano belong together")
+        if "direct" in self.rows and (self.sft.steps is None) != (self.qat.steps is None):
+            raise ValueError("the row direct needs the steps of both stages, or epochs of both")
         if self.gate and self.gate.needs_reference and "sft" not in self.rows:
             raise ValueError("gate: max_drop and max_loss_increase compare with the row sft, which is not among the rows")
         for name, settings in self.variants.items():
@@ -116,7 +118,8 @@ def parse_recipe(values: dict[str, Any], where: str) -> RecipeConfig:
     try:
         return RecipeConfig.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        # a misspelt key is the cause of the missing one beside it
+        first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
         path = [str(part) for part in first["loc"]]
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptoss_jax.checkpoint.models import Model
-from gptoss_jax.data import encode_conversations, load_rows, pack, system_text
+from gptoss_jax.data import encode_conversations, load_rows, pack
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation import LocalSubject, Task, TaskResult, load_task, run_task
 from gptoss_jax.evaluation.scorers import Loss
@@ -18,6 +18,7 @@ from gptoss_jax.training.held_out import held_out_rows
 from gptoss_jax.training.recipe.config import RecipeConfig
 from gptoss_jax.training.recipe.guard import Guard
 from gptoss_jax.training.recipe.results import Column, Measured
+from gptoss_jax.training.stage import data_pipeline
 
 
 class Outcome(NamedTuple):
@@ -53,7 +54,7 @@ class Evaluation:
 
     def __init__(self, config: RecipeConfig, model_config: GptOssConfig, tokenizer: Any, dtype: Any, load: Callable[[Any], Model]):
         self.config, self.model_config, self.tokenizer, self.dtype, self._load = config, model_config, tokenizer, dtype, load
-        self.system = system_text(config.data.system_date, config.data.reasoning_effort) if config.data.system_date else None
+        self.system = data_pipeline(config.data, tokenizer).system
         self.held_out = held_out_rows(config.data)
         self.tasks: dict[str, Task] = {}
         self.columns: dict[str, Column] = {}

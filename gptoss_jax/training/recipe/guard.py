@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.data import Packed, one_pass
+from gptoss_jax.evaluation.compare import distances
 from gptoss_jax.model import GptOssConfig, Params, forward
-from gptoss_jax.ops.cross_entropy.divergence import token_kl
 
 
 class Guard:
@@ -38,7 +38,9 @@ class Guard:
         @jax.jit
         def kl_sum(params, batch, base_hidden_BTD, base_head_VD):
             hidden_BTD = forward(config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype).hidden_BTD
-            kl_BT = token_kl(base_hidden_BTD, base_head_VD, hidden_BTD, params["lm_head.weight"], jnp.dtype(dtype))
+            heads = base_head_VD, params["lm_head.weight"]
+            # of all distances only this one is used, and compiled
+            kl_BT = distances(base_hidden_BTD, hidden_BTD, heads, batch.targets_BT, (jnp.dtype(dtype),) * 2).kl_ab
             return jnp.sum(jnp.where(batch.loss_weights_BT > 0, kl_BT, 0)), jnp.sum(batch.loss_weights_BT > 0)
 
         self._kl_sum = kl_sum
