@@ -19,11 +19,12 @@ COMMANDS = {
     "export": ("convert", "export", "checkpoint -> safetensors directory for inference", "export runs/qat out/ --format mxfp4"),
     "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
     "logits": ("logits", "logits", "logits of token ids, for comparisons", "logits out/ --tokens t.npy --out l.npy --dtype float32"),
-    "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint", "eval out/ --tasks A B H"),
+    "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint or served model", "eval out/ --task A B my_task.yaml"),
+    "compare": ("compare", "compare", "how far two models are apart; is a served model the trained one", "compare out/ --endpoint http://localhost:8000"),
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
-COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval")  # run long enough to gain from memory in large pages
+COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval", "compare")  # run long enough to gain from memory in large pages
 
 
 def overview() -> str:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gptoss_jax.data.harmony import System
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.layerwise import hidden_states
@@ -102,7 +103,7 @@ def distances(hidden_a_BTD, hidden_b_BTD, heads, targets_BT, dtypes) -> TokenDis
 
 
 def compare_models(
-    a: LocalSubject, b: LocalSubject, rows: Sequence[dict[str, Any]], *, system: str | None = None, report: Report | None = None
+    a: LocalSubject, b: LocalSubject, rows: Sequence[dict[str, Any]], *, system: System | str | None = None, report: Report | None = None
 ) -> Comparison:
     """Both models on the conversations of `rows`, with the same input. Layers are compared where depth and width are the same.
 

@@ -14,16 +14,17 @@ The API key is taken from the environment variable GPTOSS_JAX_API_KEY, sent as b
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from gptoss_jax.data.harmony import SPECIAL_TOKENS, HarmonyEncoder, render
+from gptoss_jax.data.harmony import SPECIAL_TOKENS, System
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.evaluation.answers import STOP_TOKENS, Answer, parse_answer
+from gptoss_jax.evaluation.questions import encode_questions
 
 try:
     import requests
@@ -66,7 +67,6 @@ class Endpoint:
     ):
         self.url = _base(url)
         self.tokenizer, self.timeout, self.concurrency = tokenizer, timeout, concurrency
-        self._encoder = HarmonyEncoder(tokenizer)
         self._session = requests.Session()
         retry = Retry(retries, read=False, backoff_factor=0.5, status_forcelist=BUSY, allowed_methods=("POST",), raise_on_status=False)
         self._session.mount(self.url, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
@@ -90,16 +90,15 @@ class Endpoint:
     # ---- as a subject of tasks ------------------------------------------------------------------------------------------------------
     def answer(
         self,
-        conversations: Sequence[list[dict[str, Any]]],
+        questions: Sequence[Mapping[str, Any]],
         *,
-        system: str | None = None,
+        system: System | str | None = None,
         max_new_tokens: int = 512,
         report: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """Greedy answers. An answer that the server ended by itself counts as stopped."""
-        prompts = [p.ids for p in self._encoder.encode([render(messages, system=system, prompt=True) for messages in conversations])]
-        completions = self._complete_all(prompts, max_new_tokens, 0, report)
-        return [parse_answer(_with_stop(completion)) for completion in completions]
+        prompts = encode_questions(questions, self.tokenizer, system)
+        return [parse_answer(_with_stop(completion)) for completion in self._complete_all(prompts, max_new_tokens, 0, report)]
 
     def next_token(self, prompts: Sequence[np.ndarray], top: int = 20, report: Callable[[int], None] | None = None) -> list[dict[int, float]]:
         """Log-probabilities (nats) of the `top` most probable tokens after each prompt (int32 [n]), by token id.
@@ -159,7 +158,7 @@ class Endpoint:
 
     def _accepts_ids(self) -> bool:
         """Asks for one token; a server that refuses ids answers 400 or 422."""
-        prompt = self._encoder.encode([render([{"role": "user", "content": "Hi"}], prompt=True)])[0].ids
+        (prompt,) = encode_questions([{"messages": [{"role": "user", "content": "Hi"}]}], self.tokenizer)
         self.as_ids = True
         try:
             self._complete(prompt, 1, 0)

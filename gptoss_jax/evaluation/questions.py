@@ -1,44 +1,65 @@
-"""Rows of a task from a file: conversations as training reads them, or prompts in a column of a table (CSV, JSONL, Parquet).
+"""Rows of a task from a file: conversations in every layout that training knows, or prompts alone, also as CSV; and their prompts as tokens.
 
-A CSV file has a header line; it is how XSTest comes (columns id, prompt, type, label, focus, note). Every other column travels with the row, so that
-`where` and scorers can use it.
+A CSV file has a header line; it is how XSTest comes (columns id, prompt, type, label, focus, note). Where no layout of a conversation fits (see
+`gptoss_jax.data.columns`), the column "prompt", or the one that is named, becomes the user's message. Every other column travels with the row, so
+that `where` and scorers can use it.
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.data.messages import BadRow
-from gptoss_jax.data.sources import _read_jsonl, _read_parquet, load_rows
+import numpy as np
+
+from gptoss_jax.data.columns import to_conversation
+from gptoss_jax.data.files import read
+from gptoss_jax.data.harmony import HarmonyEncoder, System, render
+from gptoss_jax.data.messages import BadRow, check_row
+from gptoss_jax.data.sources import Source, refuse_bad
 from gptoss_jax.errors import CorruptError, UsageError
 
+Row = dict[str, Any]
 
-def read_questions(path: str | Path, prompt: str | None = None) -> list[dict[str, Any]]:
-    """Rows {"messages": [...], other columns}. With `prompt` (always for CSV) the messages are one user message: the text of that column.
+
+def read_questions(path: str | Path, prompt: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows {"messages": [...], other columns}; the last message need not be an answer.
+
+    Args:
+      path: CSV, or whatever `gptoss_jax.data.files.read` reads.
+      prompt: column of the user's text, where the rows are no conversations.
+      columns: names of the columns of a conversation by role, as in `gptoss_jax.data.columns`.
 
     Raises:
-      UsageError: no such file or column, or no rows.
-      CorruptError: not readable as what its suffix says, with the line.
+      UsageError: no such file, no rows.
+      CorruptError: rows that cannot be used, by line.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".csv" and prompt is None:
-        return load_rows(path).rows
-    column = prompt or "prompt"
-    rows = []
-    for where, row in _read_csv(path) if path.suffix.lower() == ".csv" else _read_table(path):
-        if column not in row:
-            raise UsageError(f"{where}: no column {column!r}; there are {', '.join(map(str, row))}: name one with `prompt`")
-        text = row[column]
-        if not isinstance(text, str) or not text.strip():
-            raise CorruptError(f"{where}: the prompt in column {column!r} is empty")
-        rows.append({**row, "messages": [{"role": "user", "content": text}]})
-    if not rows:
-        raise UsageError(f"{path} has no rows")
+    rows, problems = [], []
+    for where, raw in _read_csv(Path(path)) if str(path).lower().endswith(".csv") else read(str(path)):
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            rows.append(_to_row(raw, prompt, columns))
+        except BadRow as bad:
+            problems.append(f"{where}: {bad}")
+    refuse_bad(Source(str(path)), len(rows), problems, False)
     return rows
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _to_row(raw: Any, prompt: str | None, columns: Mapping[str, str] | None) -> Row:
+    if prompt is None:
+        try:
+            return check_row({**raw, **to_conversation(raw, columns)[1]} if isinstance(raw, dict) else raw, prompt=True)
+        except BadRow:
+            if columns is not None or not isinstance(raw, dict) or "prompt" not in raw or "completion" in raw or "messages" in raw:
+                raise
+    column = prompt or "prompt"
+    if not isinstance(raw, dict) or column not in raw:
+        raise BadRow(f'no column "{column}"' + (f"; there are {', '.join(raw)}" if isinstance(raw, dict) else ""))
+    return check_row({**raw, "messages": [{"role": "user", "content": raw[column]}]}, prompt=True)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     # a byte order mark is what spreadsheets put in front
@@ -46,22 +67,24 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise CorruptError(f"{where}: not as many cells as the header has columns ({len(reader.fieldnames)})")
-                yield where, row
+                whole = None not in row and None not in row.values()
+                cells = f"not as many cells as the header has columns ({len(reader.fieldnames)})"
+                yield f"{path}:{reader.line_num}", row if whole else BadRow(cells)
         except csv.Error as error:
             raise CorruptError(f"{path}:{reader.line_num}: no readable CSV: {error}") from None
         except UnicodeDecodeError as error:
             raise CorruptError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.exists():
-        raise UsageError(f"no such file: {path}")
-    if path.suffix not in (".jsonl", ".ndjson", ".parquet"):
-        raise UsageError(f"{path}: prompts come in a .csv, .jsonl or .parquet file")
-    for where, row in (_read_parquet if path.suffix == ".parquet" else _read_jsonl)(path):
-        if not isinstance(row, dict):
-            raise CorruptError(f"{where}: {row if isinstance(row, BadRow) else 'the row is no object'}")
-        yield where, row
+def question_of(row: Mapping[str, Any]) -> Row:
+    """The row without its reference answer, the last message if that is the assistant's."""
+    messages = row["messages"]
+    return {**row, "messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+
+
+def encode_questions(questions: Sequence[Mapping[str, Any]], tokenizer: Any, system: System | str | None = None) -> list[np.ndarray]:
+    """int32 ids of each prompt, up to the `<|start|>assistant` that asks for the answer."""
+    rendered = [
+        render(q["messages"], tools=q.get("tools"), reasoning_effort=q.get("reasoning_effort"), system=system, prompt=True) for q in questions
+    ]
+    return [prompt.ids for prompt in HarmonyEncoder(tokenizer).encode(rendered)]

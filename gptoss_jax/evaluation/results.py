@@ -81,9 +81,11 @@ class TaskResult:
         }
 
     def write_failures(self, path: str | Path) -> int:
-        """All failing samples as JSONL; returns their number."""
+        """All failing samples as JSONL; returns their number. Where none failed there is no file; an older one is removed."""
         failures = self.failures()
-        write_samples(failures, path)
+        Path(path).unlink(missing_ok=True)
+        if failures:
+            write_samples(failures, path)
         return len(failures)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +97,13 @@ class TaskResult:
         if self.loss is not None:
             out |= {"loss": self.mean_loss(), "perplexity": self.perplexity(), "tokens": int(self.num_trained.sum())}
         return out
+
+
+def overall_loss(results: Sequence[TaskResult]) -> tuple[float, int] | None:
+    """(nats per token, tokens) over all tasks that have a loss; None where none has."""
+    measured = [result for result in results if result.loss is not None]
+    tokens = sum(int(result.num_trained.sum()) for result in measured)
+    return (float(sum(result.loss.sum() for result in measured) / tokens), tokens) if measured else None
 
 
 def write_samples(samples: Sequence[dict[str, Any]], path: str | Path) -> None:

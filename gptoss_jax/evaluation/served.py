@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptoss_jax.data.harmony import SPECIAL_TOKENS, Encoded, encode_conversations
+from gptoss_jax.data.harmony import SPECIAL_TOKENS, Encoded, System, encode_conversations
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.answers import STOP_TOKENS
 from gptoss_jax.evaluation.compare import states
@@ -93,7 +93,7 @@ def compare_served(
     rows: Sequence[dict[str, Any]],
     *,
     others: Mapping[str, LocalSubject] | None = None,
-    system: str | None = None,
+    system: System | str | None = None,
     count: int = 256,
     top: int = 20,
     max_kl: float = MAX_KL,

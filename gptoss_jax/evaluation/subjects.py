@@ -1,9 +1,9 @@
 """Who answers: a model on this machine. (A served one is `gptoss_jax.evaluation.endpoint`.) And a task put to one of them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import jax
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.checkpoint.models import Model
-from gptoss_jax.data.harmony import Encoded, HarmonyEncoder, encode_conversations, load_tokenizer, render
+from gptoss_jax.data.harmony import Encoded, System, encode_conversations, load_tokenizer
 from gptoss_jax.data.packing import pack
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.answers import Answer, parse_answer
-from gptoss_jax.evaluation.greedy import answer as greedy_answer
+from gptoss_jax.evaluation.generate import Generator, stop_ids
 from gptoss_jax.evaluation.pass_rate import EvaluationSet, Scores, score
 from gptoss_jax.evaluation.predict import make_predict
+from gptoss_jax.evaluation.questions import encode_questions, question_of
 from gptoss_jax.evaluation.results import TaskResult
 from gptoss_jax.evaluation.scorers import Loss
 from gptoss_jax.evaluation.task import Task
@@ -29,10 +30,11 @@ Report = Callable[[int], None]  # called with the number of rows done
 
 
 class Subject(Protocol):
-    """Something that answers conversations. `score` is there where probabilities of every token can be had."""
+    """Something that answers questions (rows without their reference, `question_of`), greedily. `score` is there where probabilities of every token
+    can be had."""
 
     def answer(
-        self, conversations: Sequence[list[dict[str, Any]]], *, system: str | None = None, max_new_tokens: int = 512, report: Report | None = None
+        self, questions: Sequence[Mapping[str, Any]], *, system: System | str | None = None, max_new_tokens: int = 512, report: Report | None = None
     ) -> list[Answer]: ...
 
 
@@ -65,7 +67,7 @@ class LocalSubject:
         # products of float32 are TF32 on a GPU unless asked otherwise
         return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else nullcontext()
 
-    def evaluation_set(self, rows: Sequence[dict[str, Any]], system: str | None = None) -> EvaluationSet:
+    def evaluation_set(self, rows: Sequence[dict[str, Any]], system: System | str | None = None) -> EvaluationSet:
         """The rows' references, packed into batches of one shape."""
         return self.pack(encode_conversations(rows, self.tokenizer, system=system), list(rows))
 
@@ -75,26 +77,30 @@ class LocalSubject:
         row_length = -(-longest // ROW_UNIT) * ROW_UNIT
         return EvaluationSet(rows or [{}] * len(documents), pack(documents, row_length), max(1, BATCH_TOKENS // row_length))
 
-    def score(self, rows: Sequence[dict[str, Any]], *, system: str | None = None, report: Report | None = None) -> Scores:
+    def score(self, rows: Sequence[dict[str, Any]], *, system: System | str | None = None, report: Report | None = None) -> Scores:
         """Loss and greedy verdict of every row's reference by one forward pass."""
         with self.precision():
             return score(self.predict, self.evaluation_set(rows, system), report)
 
-    def answer(self, conversations, *, system=None, max_new_tokens=512, report=None) -> list[Answer]:
-        keys = [json.dumps([messages, system, max_new_tokens], ensure_ascii=False) for messages in conversations]
-        new = {key: messages for key, messages in zip(keys, conversations) if key not in self._answers}
-        if new:
-            with self.precision():
-                row_length = self._row_length(list(new.values()), system, max_new_tokens)
-                texts = greedy_answer(self.predict, list(new.values()), self.tokenizer, row_length, system=system)
-            self._answers |= {key: parse_answer(text) for key, text in zip(new, texts)}
-        if report:
-            report(len(conversations))
+    def answer(self, questions, *, system=None, max_new_tokens=512, report=None) -> list[Answer]:
+        """Greedy answers. What was answered before is not generated again."""
+        keys = [json.dumps([q["messages"], q.get("tools"), q.get("reasoning_effort"), repr(system), max_new_tokens]) for q in questions]
+        new = {key: question for key, question in zip(keys, questions) if key not in self._answers}
+        prompts = encode_questions(list(new.values()), self.tokenizer, system)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        names = list(new)
+        for start in range(0, len(order), self.generator.batch_size):
+            part = order[start : start + self.generator.batch_size]
+            tokens = self.generator.generate([prompts[i] for i in part], max_new_tokens, stop_ids(self.tokenizer))
+            self._answers |= {names[i]: parse_answer(row, self.tokenizer) for i, row in zip(part, tokens)}
+            if report:
+                report(len(questions) - len(order) + start + len(part))
         return [self._answers[key] for key in keys]
 
-    def _row_length(self, conversations, system, max_new_tokens) -> int:
-        prompts = HarmonyEncoder(self.tokenizer).encode([render(messages, system=system, prompt=True) for messages in conversations])
-        return max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    @cached_property
+    def generator(self) -> Generator:
+        """Compute weights are made here, at the first answer."""
+        return Generator(self.model.config, self.model.params, self.dtype, expert_quant=self.expert_quant)
 
 
 def run_task(task: Task, subject: Subject, rows: list[dict[str, Any]] | None = None, report: Report | None = None) -> TaskResult:
@@ -113,8 +119,7 @@ def run_task(task: Task, subject: Subject, rows: list[dict[str, Any]] | None = N
             if row["messages"][-1]["role"] != "assistant":
                 raise UsageError(f"task {task.name}: the row {row['messages'][-1]['content'][:60]!r} has no reference answer")
         return _from_scores(task, subject.score(rows, system=task.system, report=report), subject.tokenizer)
-    conversations = [row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"] for row in rows]
-    answers = subject.answer(conversations, system=task.system, max_new_tokens=task.max_new_tokens, report=report)
+    answers = subject.answer([question_of(row) for row in rows], system=task.system, max_new_tokens=task.max_new_tokens, report=report)
     verdicts = [task.scorer(row, answer) for row, answer in zip(rows, answers)]
     passed = np.array([verdict.passed for verdict in verdicts], bool)
     reasons = ["" if verdict.passed else verdict.reason for verdict in verdicts]

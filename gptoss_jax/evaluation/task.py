@@ -2,7 +2,8 @@
 
     name: over_refusal                    # default: the name of the file
     data: xstest_prompts.csv              # relative to this file; or one file per split: {dev: dev.jsonl, final: final.jsonl}
-    prompt: prompt                        # column of the user's text, where rows are not conversations (CSV always; default "prompt")
+    prompt: question                      # column of the user's text, where rows are prompts alone (default "prompt")
+    columns: {user: q, assistant: a}      # where rows are conversations in columns of other names than usual
     where: {label: safe}                  # only rows with this value (or one of a list of values) in a column
     limit: 200                            # at most so many rows: the first ones, or with `seed` a random choice
     scorer: not_refused                   # a name, a name with options {name: regex, pattern: ...}, or {function: my_scorers.py:check}
@@ -15,6 +16,7 @@ The last assistant message of a conversation is its reference answer; everything
 none. Tasks that come along are taken by name: A, B, H, Eng (nano's).
 """
 
+import dataclasses
 import datetime
 import difflib
 import random
@@ -26,7 +28,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import gptoss_jax
-from gptoss_jax.data.harmony import system_text
+from gptoss_jax.data.columns import check_columns
+from gptoss_jax.data.harmony import System
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.questions import read_questions
 from gptoss_jax.evaluation.scorer_spec import make_scorer
@@ -45,12 +48,13 @@ class Task:
     scorer: Scorer = EXACT
     data: Path | str | None = None
     prompt: str | None = None
+    columns: Mapping[str, str] | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
     seed: int | None = None
     max_new_tokens: int = 512
     cluster: str | None = None
-    system: str | None = None
+    system: System | str | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of its data that it asks about.
@@ -61,7 +65,11 @@ class Task:
         """
         if self.data is None:
             raise UsageError(f"task {self.name}: it names no data, and no rows were given")
-        return self.select(read_questions(self.data, self.prompt))
+        return self.select(read_questions(self.data, self.prompt, self.columns))
+
+    def asked_all(self) -> "Task":
+        """The same without `where` and `limit`: for rows that were selected already."""
+        return dataclasses.replace(self, where={}, limit=None)
 
     def select(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows among these that it asks about: `where`, then `limit`. UsageError when none is left."""
@@ -87,6 +95,7 @@ class _TaskFile(BaseModel):
     name: str | None = None
     data: str | dict[str, str] | None = None
     prompt: str | None = None
+    columns: dict[str, str] | None = None
     where: dict[str, str | int | float | bool | list[str | int | float | bool]] = {}
     limit: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
@@ -130,6 +139,11 @@ def load_task(path: str | Path, split: str = "dev") -> Task:
             raise UsageError(f"{at('data')}: no data for split {split!r}; there is {', '.join(data)}")
         data = data[split]
     try:
+        if raw.columns is not None:
+            check_columns(raw.columns)
+    except ValueError as error:
+        raise UsageError(f"{at('columns')}: {error}") from None
+    try:
         scorer = make_scorer(raw.scorer, path.parent)
     except UsageError as error:
         raise UsageError(f"{at('scorer')}: {error}") from None
@@ -138,12 +152,13 @@ def load_task(path: str | Path, split: str = "dev") -> Task:
         scorer=scorer,
         data=_locate(data, path.parent, at("data")) if data else None,
         prompt=raw.prompt,
+        columns=raw.columns,
         where=raw.where,
         limit=raw.limit,
         seed=raw.seed,
         max_new_tokens=raw.max_new_tokens,
         cluster=raw.cluster,
-        system=system_text(raw.system_date, raw.reasoning_effort) if raw.system_date else None,
+        system=System(raw.system_date, raw.reasoning_effort) if raw.system_date else None,
     )
 
 

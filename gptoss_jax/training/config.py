@@ -165,6 +165,8 @@ class TrainConfig(Section):
     # in steps; the start (evaluation) and the end (both) come in any case
     eval_every: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
+    # task files, or names of tasks that come along: pass rates of the present parameters, measured together with the evaluation loss
+    eval_tasks: tuple[str, ...] = ()
     # newest checkpoints that stay on disk
     keep: PositiveInt = 2
     mesh: MeshConfig = MeshConfig()

@@ -36,6 +36,7 @@ def format_line(record: dict[str, Any], steps: int) -> str:
             parts.append(f"ETA {_duration(record['eta_s'])}")
     if "eval_loss" in record:
         parts.append(f"eval loss {record['eval_loss']:.4f}")
+    parts += [f"{key.removeprefix('task/')} {value:.1%}" for key, value in record.items() if key.startswith("task/") and key.count("/") == 1]
     if record.get("skipped"):
         parts.append("SKIPPED (not finite)")
     return " | ".join(parts)
@@ -52,7 +53,7 @@ class Progress:
 
     def show(self, record: dict[str, Any]) -> None:
         line = format_line(record, self.steps)
-        keep = "eval_loss" in record or record.get("skipped") or record["step"] == self.steps
+        keep = any(key == "eval_loss" or key.startswith("task/") for key in record) or record.get("skipped") or record["step"] == self.steps
         if self._live is not None:
             if keep:
                 self.note(line)

@@ -36,7 +36,7 @@ from gptoss_jax.training.step import (
 
 MAX_SKIPPED_IN_ROW = 3
 # settings that may change between a run and its continuation: they do not touch the result
-FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "checkpoint_every", "keep", "mesh.", "batch.accumulation")
+FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "batch.accumulation")
 
 
 class BatchIterator(Protocol):
@@ -55,6 +55,7 @@ class Trainer:
       train: with its length in steps known.
       policy: what is fake-quantized; None for SFT.
       eval_batches: makes a fresh pass over the evaluation set; evaluated before the first step, every `train.eval_every` and at the end.
+      measure: (step, parameters) -> further numbers of an evaluation, by the name they get in metrics.jsonl (`task_rates.TaskRates`).
       assets: files that travel with the checkpoints (tokenizer, source config.json).
     """
 
@@ -67,12 +68,14 @@ class Trainer:
         *,
         policy: QuantPolicy | None = None,
         eval_batches: Callable[[], Iterable[Any]] | None = None,
+        measure: Callable[[int, Params], dict[str, float]] | None = None,
         shardings: Shardings | None = None,
         assets: Iterable[Path] = (),
         progress: Progress | None = None,
     ):
         expert_quant = make_expert_quant(policy, jnp.dtype(train.compute_dtype))
         self.config, self.train, self.run, self.batches, self.policy = config, train, run, batches, policy
+        self.measure = measure
         self.eval_batches, self.shardings, self.assets = eval_batches, shardings, tuple(assets)
         self.progress = progress or Progress(train.steps)
         self.train_step = make_train_step(config, train, expert_quant, shardings)
@@ -198,6 +201,8 @@ class Trainer:
         loss = self.evaluate()
         if loss is not None:
             record["eval_loss"] = loss
+        if self.measure is not None:
+            record.update(self.measure(record["step"], self.state.params))
         if len(record) > 1:
             self.run.log(record)
             self.progress.show(record)

@@ -1,7 +1,7 @@
-"""The directory of a run: config.yaml (resolved), metrics.jsonl, checkpoints/, and a lock against a second run.
+"""The directory of a run: config.yaml (resolved), metrics.jsonl, checkpoints/, samples/ (of eval_tasks), and a lock against a second run.
 
-metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, and eval_loss where it was measured
-(step 0: eval_loss alone). Non-finite numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN.
+metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, and eval_loss and task/NAME where they
+were measured (step 0: these alone). Non-finite numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN.
 """
 
 import fcntl
@@ -55,7 +55,8 @@ class RunDir:
         """Removes what a run writes, nothing else."""
         for name in (CONFIG, METRICS):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.path / "samples"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_config(self, text: str) -> None:
         (self.path / CONFIG).write_text(text, encoding="utf-8")

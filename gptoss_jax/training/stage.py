@@ -24,6 +24,7 @@ from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
+from gptoss_jax.training.task_rates import TaskRates
 from gptoss_jax.training.yaml_config import dump_config
 
 HOW_TO_GIVE_DATA = """: give data.train=FILE (.jsonl, .json, .parquet, a directory, or a hub name), with one conversation a line, as
@@ -124,6 +125,7 @@ def run_stage(
         train = train.with_steps(len(packed.rows.tokens_BT))
         progress.steps = train.steps
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
+        rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, run.path) if train.eval_tasks else None
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))
         trainer = Trainer(
@@ -133,6 +135,7 @@ def run_stage(
             BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer),
             policy=policy,
             eval_batches=(lambda: one_pass(held_out.rows, train.batch.rows)) if held_out else None,
+            measure=rates,
             shardings=shardings,
             assets=carried_files(directory),
             progress=progress,
