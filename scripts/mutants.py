@@ -67,6 +67,14 @@ MUTANTS = (
     Mutant("ties_away", "gptoss_jax/formats/block_grid.py", "2 * _STEP + _ROUND - g.one", "2 * _STEP + _ROUND + 1 - g.one", CODEC),
     Mutant("rceil_is_floor", "gptoss_jax/formats/scale_rules.py", "bump = (amax & _MANTISSA) > 0x400000", "bump = 0", CODEC),
     Mutant("experts_not_transposed", "gptoss_jax/checkpoint/hf_layout.py", 'return self.naming == "hf" and self.experts == "bf16"', "return False", "tests/checkpoint/test_load.py"),
+    Mutant("held_out_rows_trained", "gptoss_jax/data/pipeline.py", "train, rest = split_rows(", "_, rest = split_rows(", "tests/data/test_pipeline.py"),
+    Mutant("weight_of_the_wrong_source", "gptoss_jax/data/pipeline.py", "for count in corpus.counts], seed)", "for count in corpus.counts[::-1]], seed)",
+           "tests/data/test_pipeline.py"),
+    Mutant("documents_shifted_by_one_token", "gptoss_jax/data/documents.py", "dtype=np.int64) - lengths, lengths)", "dtype=np.int64) - lengths + 1, lengths)",
+           "tests/data/test_pipeline.py"),
+    Mutant("labels_taken_from_ids", "gptoss_jax/data/documents.py", "labels = ids if same else", "labels = ids if True else", "tests/data/test_pipeline.py"),
+    Mutant("system_text_lost", "gptoss_jax/data/columns.py", '"system", "content": _text(row, system)}] if', '"system", "content": _text(row, system)}][:0] if',
+           "tests/data/test_columns.py"),
 )  # fmt: skip
 
 

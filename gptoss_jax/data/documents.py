@@ -1,5 +1,6 @@
 """Many tokenized documents as flat arrays. A Python list of a hundred thousand small arrays would spend more memory on objects than on tokens;
-here a document costs 12 bytes per token and 12 more, and a selection of documents (a split, a mixture with repeats) shares the tokens.
+here a document costs 12 bytes per token (8 where no label differs from its token) and 12 more, and a selection of documents (a split, a mixture with
+repeats) shares the tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,17 +29,12 @@ class Documents(Sequence):
         """These documents in this order; one may stand there several times."""
         return Documents(self.flat, self.starts[order], self.lengths[order])
 
-    def weight_between(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """float64 [documents]: the sum of each document's weights from its token `begin[i]` up to `end[i]` (exclusive)."""
-        before = np.concatenate([[0.0], np.cumsum(self.flat.weights, dtype=np.float64)])
-        return before[self.starts + np.minimum(end, self.lengths)] - before[self.starts + np.minimum(begin, self.lengths)]
-
 
 class DocumentsBuilder:
     """Grows by pieces; each piece becomes one array per field, so small arrays do not outlive it."""
 
     def __init__(self):
-        self._pieces: list[Encoded] = []
+        self._pieces: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # ids, labels if they differ, weights
         self._lengths: list[np.ndarray] = []
         self.num_tokens = 0
 
@@ -46,20 +42,25 @@ class DocumentsBuilder:
         documents = list(documents)
         if not documents:
             return
-        self._pieces.append(Encoded(*map(np.concatenate, zip(*documents))))
+        ids, labels, weights = map(np.concatenate, zip(*documents))
+        self._pieces.append((ids, None if np.array_equal(ids, labels) else labels, weights))
         self._lengths.append(np.array([len(document.ids) for document in documents], np.int32))
-        self.num_tokens += len(self._pieces[-1].ids)
+        self.num_tokens += len(ids)
 
     def build(self) -> Documents:
         """Everything that was added; the builder is empty afterwards."""
-        flat = []
-        for dtype in (np.int32, np.int32, np.float32):  # one field after another, so that only one exists twice
-            pieces = [piece[len(flat)] for piece in self._pieces]
-            flat.append(np.concatenate(pieces) if pieces else np.zeros(0, dtype))
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+        pieces, lengths = self._pieces, _joined(self._lengths, np.int32)
         self.__init__()
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        return Documents(Encoded(*flat), starts, lengths)
+        weights = _joined([weights for _, _, weights in pieces], np.float32)
+        pieces = [(ids, labels) for ids, labels, _ in pieces]  # drops the weights: one field at a time exists twice
+        ids = _joined([ids for ids, _ in pieces], np.int32)
+        same = all(labels is None for _, labels in pieces)
+        labels = ids if same else _joined([ids if labels is None else labels for ids, labels in pieces], np.int32)
+        return Documents(Encoded(ids, labels, weights), np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+
+
+def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
 class Span(NamedTuple):

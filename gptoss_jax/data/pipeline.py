@@ -5,8 +5,8 @@ compiled: what cannot be trained on is an error, what looks like a mistake a war
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from gptoss_jax.data.documents import Documents, DocumentsBuilder, Span
-from gptoss_jax.data.harmony import Encoded, HarmonyEncoder, System, TrainOn, training_examples
+from gptoss_jax.data.harmony import Encoded, HarmonyEncoder, Piece, System, TrainOn, training_examples
 from gptoss_jax.data.mixture import mix, split_rows
 from gptoss_jax.data.packing import Packed, TooLong, pack
 from gptoss_jax.data.sources import Conversation, Source, conversations, refuse_bad
@@ -23,16 +23,22 @@ from gptoss_jax.errors import UsageError
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 8_000_000
 # called with (conversations read, tokens so far) after every chunk
 Tick = Callable[[int, int], None]
+# the rendered documents of each conversation of a chunk
+Examples = list[list[list[Piece]]]
 
 
-class SourceCount(NamedTuple):
-    """What a source holds. `layouts` counts its rows by the layout of their columns, `problems` are its bad rows."""
+@dataclass
+class SourceCount:
+    """What a source holds. `layouts` counts its good rows by the layout of their columns, `problems` are its bad ones."""
 
     source: Source
-    layouts: Counter[str]
-    num_rows: int
-    problems: list[str]
-    num_without_thinking: int
+    layouts: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    num_without_thinking: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.layouts.total()
 
 
 class Corpus(NamedTuple):
@@ -43,6 +49,27 @@ class Corpus(NamedTuple):
     source_of: np.ndarray  # int32 [conversations]
     hash_of: np.ndarray  # uint64 [conversations]: of its token ids
     counts: list[SourceCount]
+
+
+class _CorpusBuilder:
+    def __init__(self):
+        self.documents, self.counts = DocumentsBuilder(), []
+        self._per_conversation, self._source_of, self._hashes = [], [], []
+
+    def add(self, encoded: list[list[Encoded]]) -> None:
+        """Conversations of the source that comes next."""
+        self._per_conversation += map(len, encoded)
+        self._source_of += [len(self.counts)] * len(encoded)
+        self._hashes += [xxhash.xxh3_64_intdigest(b"".join(document.ids.tobytes() for document in documents)) for documents in encoded]
+        self.documents.add(document for documents in encoded for document in documents)
+
+    def __len__(self) -> int:
+        return len(self._source_of)
+
+    def build(self) -> Corpus:
+        count = np.array(self._per_conversation, np.int64)
+        span = Span(np.cumsum(count) - count, count)
+        return Corpus(self.documents.build(), span, np.array(self._source_of, np.int32), np.array(self._hashes, np.uint64), self.counts)
 
 
 @dataclass(frozen=True)
@@ -64,46 +91,46 @@ class Pipeline:
           CorruptError: bad rows, unless they are skipped; the message names file and line of each.
           UsageError: a source that does not exist or has no rows.
         """
-        encoder, builder = HarmonyEncoder(self.tokenizer), DocumentsBuilder()
-        counts, per_conversation, source_of, hashes = [], [], [], []
-        for s, source in enumerate(sources):
-            layouts, problems, without, before = Counter(), [], 0, len(source_of)
-            for chunk in chunks(source):
-                good = [c.row for c in chunk if c.problem is None]
-                layouts.update(c.layout for c in chunk if c.problem is None)
-                problems += [c.problem for c in chunk if c.problem is not None]
-                if problems and not (self.skip_bad_rows or keep_bad):
-                    continue  # the run will be refused: only look for more problems
-                encoded = self._encode(encoder, good)
-                without += sum(not row["messages"][-1].get("thinking") for row in good)
-                per_conversation += map(len, encoded)
-                source_of += [s] * len(good)
-                hashes += [xxhash.xxh3_64_intdigest(b"".join(d.ids.tobytes() for d in documents)) for documents in encoded]
-                builder.add(document for documents in encoded for document in documents)
-                tick(len(source_of), builder.num_tokens)
-            num_rows = sum(layouts.values())
+        encode, builder = HarmonyEncoder(self.tokenizer).encode, _CorpusBuilder()
+        for source in sources:
+            count = SourceCount(source)
+            for examples in self._rendered(source, count, keep_bad or self.skip_bad_rows):
+                builder.add(_encode(encode, examples))
+                tick(len(builder), builder.documents.num_tokens)
             if not keep_bad:
-                refuse_bad(source, num_rows, problems, self.skip_bad_rows)
-            counts.append(SourceCount(source, layouts, len(source_of) - before, problems, without))
-        count = np.array(per_conversation, np.int64)
-        span = Span(np.cumsum(count) - count, count)
-        return Corpus(builder.build(), span, np.array(source_of, np.int32), np.array(hashes, np.uint64), counts)
+                refuse_bad(source, count.num_rows, count.problems, self.skip_bad_rows)
+            builder.counts.append(count)
+        return builder.build()
 
-    def _encode(self, encoder: HarmonyEncoder, rows: list[dict[str, Any]]) -> list[list[Encoded]]:
-        """The training documents of each conversation: none, one or several (data/examples.py)."""
-        examples = [training_examples(row, system=self.system, train_on=self.train_on) for row in rows]
-        encoded = iter(encoder.encode([document for of_row in examples for document in of_row]))
-        return [list(islice(encoded, len(of_row))) for of_row in examples]
+    def _rendered(self, source: Source, count: SourceCount, keep_bad: bool) -> Iterator[Examples]:
+        """The training documents of each conversation (none, one or several; data/examples.py), chunk by chunk; counts what it reads."""
+        for chunk in chunks(source):
+            good = [c.row for c in chunk if c.problem is None]
+            count.layouts.update(c.layout for c in chunk if c.problem is None)
+            count.problems += [c.problem for c in chunk if c.problem is not None]
+            count.num_without_thinking += sum(not row["messages"][-1].get("thinking") for row in good)
+            if keep_bad or not count.problems:  # otherwise the set will be refused: look for more problems only
+                yield [training_examples(row, system=self.system, train_on=self.train_on) for row in good]
 
     def pack(self, name: str, selected: "Selected") -> Packed:
         """The rows of a set. UsageError, beginning with `name`, where nothing is left to train on."""
+        documents = selected.documents
+        if not len(documents):
+            what = f"none of its {len(selected.conversations)} conversations has a message with a weight in the channels {self.train_on!r}"
+            raise UsageError(f"{name}: nothing to train: {what}")
         try:
-            return pack(selected.documents, self.row_length, packed=self.packing, too_long=self.too_long)
+            return pack(documents, self.row_length, packed=self.packing, too_long=self.too_long)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
 
 
-def chunks(source: Source):
+def _encode(encode: Callable[[list[list[Piece]]], list[Encoded]], examples: Examples) -> list[list[Encoded]]:
+    """All documents of a chunk in one call of the tokenizer, which has threads for them."""
+    encoded = iter(encode([document for of_row in examples for document in of_row]))
+    return [list(islice(encoded, len(of_row))) for of_row in examples]
+
+
+def chunks(source: Source) -> Iterator[list[Conversation]]:
     """Lists of conversations, closed after 1000 rows or 8 M characters, whichever comes first."""
     chunk: list[Conversation] = []
     characters = 0

@@ -1,12 +1,16 @@
 """The stream of batches: each epoch sees every row once, a resume continues exactly, other data is refused."""
 
 import json
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
-from gptoss_jax.data import BatchStream, one_pass, pack
+from gptoss_jax.data import BatchStream, one_pass, pack, rows_hash
 from gptoss_jax.errors import UsageError
+from gptoss_jax.sharding import batch_sharding, make_mesh
 from tests.support.documents import document
 
 
@@ -93,3 +97,42 @@ def test_one_pass_covers_all_rows_once_in_batches_of_one_shape():
     assert {batch.tokens_BT.shape for batch in batches} == {(5, 8)}
     joined = [np.concatenate(arrays) for arrays in zip(*batches)]
     assert same([array[:23] for array in joined], rows) and not any(array[23:].any() for array in joined)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_any_number_of_processes_sees_the_same_global_batches(tokenizer, processes):
+    """Each makes the whole batch and keeps the rows of its devices, so process p of P holds the p-th slice of what one process would hold."""
+    alone = BatchStream(make_rows(), 8, 7, tokenizer)
+    streams = [BatchStream(make_rows(), 8, 7, tokenizer) for _ in range(processes)]
+    for k in range(9):  # into the fourth epoch
+        expected = next(alone)
+        part = 8 // processes
+        slices = [[array[p * part : (p + 1) * part] for array in next(stream)] for p, stream in enumerate(streams)]
+        assert same([np.concatenate(arrays) for arrays in zip(*slices)], expected), k
+    assert all(stream.state() == alone.state() for stream in streams)
+    other = BatchStream(make_rows(), 8, 7, tokenizer)
+    other.restore(streams[-1].state())  # a run of P processes continues in one, or the other way round
+    assert same(next(other), next(alone))
+
+
+@pytest.mark.parametrize("layout", [{"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2}])
+def test_devices_hold_consecutive_rows_of_the_global_batch(tokenizer, layout):
+    batch = next(BatchStream(make_rows(), 8, 7, tokenizer))
+    mesh = make_mesh(**{"data": 1, "fsdp": 1, **layout})
+    placed = jax.device_put(batch, batch_sharding(mesh))
+    for array, expected in zip(placed, batch):
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        assert [shard.data.shape[0] for shard in shards] == [8 // mesh.size] * mesh.size
+        assert np.array_equal(np.concatenate([shard.data for shard in shards]), expected)
+
+
+def test_another_process_makes_the_same_batches(tokenizer):
+    """Nothing in the order depends on the process: no hash seed, no clock, no thread."""
+    program = (
+        "from tests.data.test_batches import make_rows; from tests.data.conftest import NANO\n"
+        "from gptoss_jax.data import BatchStream, load_tokenizer, rows_hash\n"
+        "stream = BatchStream(make_rows(), 8, 7, load_tokenizer(NANO)); print([rows_hash(next(stream)) for _ in range(5)], stream.state())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    stream = BatchStream(make_rows(), 8, 7, tokenizer)
+    assert done.stdout.strip() == f"{[rows_hash(next(stream)) for _ in range(5)]} {stream.state()}"

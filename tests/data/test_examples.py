@@ -113,15 +113,15 @@ def test_train_on_all_trains_every_token_of_every_message_once():
             assert message["role"] != "user" or trained.count(message["content"]) == 1
 
 
-@pytest.mark.parametrize("preambles", [False, True])
-def test_every_turn_is_trained_once_in_the_context_of_its_prompt(preambles):
+@pytest.mark.parametrize("kind", [{}, {"preambles": True}, {"weights": True}])
+def test_every_turn_is_trained_once_in_the_context_of_its_prompt(kind):
     for seed in range(200):
-        row = conversations.conversation(random.Random(seed), preambles=preambles)
+        row = conversations.conversation(random.Random(seed), **kind)
         options = {"tools": row.get("tools"), "reasoning_effort": row.get("reasoning_effort"), "system": SYSTEM}
         expected = [
             (text_of(render(row["messages"][:k], prompt=True, **options)), text_of(written_by_model(message)))
             for k, message in enumerate(row["messages"])
-            if message["role"] == "assistant"
+            if message["role"] == "assistant" and message.get("weight", 1)
         ]
         assert turns_of(training_examples(row, system=SYSTEM)) == expected, seed
 
@@ -149,7 +149,7 @@ def turns_of(documents):
 
 def documents_needed(messages):
     """The smallest number of documents, by trying: turns j < k can share one if what is written up to j is a prefix of the prompt of k."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
 
     def shown(j):
         return text_of(render(messages[:j], prompt=True)) + text_of(written_by_model(messages[j])).replace("<|return|>", "<|end|>")
@@ -162,14 +162,26 @@ def documents_needed(messages):
     return 0
 
 
-def test_no_smaller_number_of_documents_would_do():
+@pytest.mark.parametrize("weights", [False, True])
+def test_no_smaller_number_of_documents_would_do(weights):
     numbers = set()
     for seed in range(150):
-        row = conversations.conversation(random.Random(seed), longest=6)
-        number = len(training_examples({"messages": [m for m in row["messages"] if m["role"] != "system"]}))
+        row = conversations.conversation(random.Random(seed), longest=6, weights=weights)
+        number = len(training_examples(row, system=SYSTEM))
         assert number == documents_needed(row["messages"]), seed
         numbers.add(number)
     assert numbers >= {1, 2, 3}
+
+
+def test_the_model_writes_the_header_behind_its_preamble():
+    messages = [LOOP[0], {"role": "assistant", "thinking": "T", "content": "P", "channel": "commentary"}, {"role": "assistant", "tool_calls": [CALL]}]
+    (document,) = training_examples({"messages": messages})
+    assert marked(document) == (
+        "<|start|>user<|message|>U1<|end|><|start|>assistant[<|channel|>analysis<|message|>T<|end|>"
+        f"<|start|>assistant<|channel|>commentary<|message|>P<|end|><|start|>assistant to=functions.{CALLED}]"
+    )
+    (last_turn,) = training_examples({"messages": messages}, only_last=True)
+    assert last_turn == document
 
 
 def test_weights_of_rows_and_messages_multiply_and_zero_is_context():

@@ -57,15 +57,18 @@ def parameters(rng: random.Random, depth: int = 3) -> dict:
     return spec
 
 
-def tools(rng: random.Random) -> list[dict]:
-    functions = [{"name": f"tool_{i}", "description": text(rng), "parameters": parameters(rng)} for i in range(rng.randint(1, 3))]
+def tools(rng: random.Random, depth: int = 3) -> list[dict]:
+    functions = [{"name": f"tool_{i}", "description": text(rng), "parameters": parameters(rng, depth)} for i in range(rng.randint(1, 3))]
     if rng.random() < 0.3:
         del functions[0]["parameters"]
     return [{"type": "function", "function": function} for function in functions]
 
 
-def conversation(rng: random.Random, *, longest: int = 10, preambles: bool = False) -> dict:
-    """A row that passed `check_row`. Odd orders are included: answers without a question, calls without a result, two questions in a row."""
+def conversation(rng: random.Random, *, longest: int = 10, preambles: bool = False, weights: bool = False) -> dict:
+    """A row that passed `check_row`. Odd orders are included: answers without a question, calls without a result, two questions in a row.
+
+    `weights`: a third of the assistant's messages are context only.
+    """
     row: dict = {"tools": tools(rng)} if rng.random() < 0.6 else {}
     if rng.random() < 0.3:
         row["reasoning_effort"] = rng.choice(["low", "medium", "high"])
@@ -96,4 +99,7 @@ def conversation(rng: random.Random, *, longest: int = 10, preambles: bool = Fal
         messages.append(message)
     if messages[-1]["role"] != "assistant" or messages[-1].get("channel"):
         messages.append({"role": "assistant", "content": text(rng), **({"thinking": text(rng)} if rng.random() < 0.5 else {})})
+    for message in messages:
+        if weights and message["role"] == "assistant":
+            message["weight"] = rng.choice([0, 1, 1])
     return check_row({**row, "messages": messages})

@@ -2,12 +2,14 @@
 
 import datetime
 import gzip
+import hashlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 import transformers.utils.chat_template_utils as chat_template_utils
 
+TEMPLATE_SHA256 = "a4c9919cbbd4acdd51ccffe22da049264b1b73e59055fa58811a99efbd7c8146"
 TODAY = datetime.date(2026, 1, 31)
 
 
@@ -19,7 +21,9 @@ def _in_package(name: str, path: str) -> Path:
 
 
 def chat_template() -> str:
-    return _in_package("trl", "chat_templates/gptoss.jinja").read_text()
+    text = _in_package("trl", "chat_templates/gptoss.jinja").read_text()
+    assert hashlib.sha256(text.encode()).hexdigest() == TEMPLATE_SHA256, "trl carries another template than that of openai/gpt-oss-20b@6cee5e8"
+    return text
 
 
 def ranks_file(directory: Path) -> Path:

@@ -4,11 +4,14 @@ The loop is tested elsewhere; here it is replaced, so nothing is compiled.
 """
 
 import dataclasses
+import io
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.models import carried_files
@@ -18,6 +21,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import init_params
 from gptoss_jax.training.config import parse
+from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
 from gptoss_jax.training.stage import run_stage
 from tests.training.support import CONFIG, bits
@@ -95,6 +99,37 @@ def test_what_does_not_fit_is_refused(sft, tmp_path, begun, changes, fragment):
         run_stage(config(sft, tmp_path, **changes))
     assert fragment in str(caught.value) and not begun
     assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "data, fragment",
+    [
+        ({"row_length": 8}, "data.train: 40 of 40 documents are longer than the rows of 8 tokens"),
+        ({"row_length": 8, "too_long": "drop"}, "data.train: no document is left: all 40 are empty or longer than the rows of 8 tokens"),
+        ({"row_length": 8, "too_long": "truncate"}, "data.train: none of the 40 documents has a token to train on"),
+        ({"row_length": 64, "loss": "analysis"}, "data.train: nothing to train: none of its 40 conversations has a message"),
+        ({"row_length": 64, "eval_fraction": 0.99}, "leaves none to train on"),
+        ({"row_length": 64, "eval": "missing.jsonl"}, "no such file or directory: missing.jsonl"),
+    ],
+)
+def test_data_with_nothing_to_train_on_is_refused_before_anything_is_compiled(sft, tmp_path, begun, data, fragment):
+    with pytest.raises(UsageError) as caught:
+        run_stage(config(sft, tmp_path, quant=None, data={"train": str(sft[0] / "train.jsonl"), **data}))
+    assert fragment in str(caught.value) and "\n" not in str(caught.value) and not begun
+
+
+def test_a_list_of_sources_and_a_held_out_share_train_as_told(sft, tmp_path, begun):
+    out = io.StringIO()
+    path = str(sft[0] / "train.jsonl")
+    data = {"train": [path, {"path": path, "weight": 0.5, "limit": 20}], "eval_fraction": 0.1, "row_length": 64}
+    run_stage(config(sft, tmp_path, quant=None, data=data), progress=Progress(console=Console(file=out, width=200)))
+    (trainer,) = begun
+    said = out.getvalue()
+    assert "eval: 6 conversations" in said and "(weight 0.5)" in said and re.search(r"train: \d+ conversations", said)
+    assert re.search(r"WARNING: eval: \d+ of 6 held-out conversations are also in the training set", said), said
+    assert re.search(r"WARNING: train: \d+ conversations repeat an earlier one", said)
+    assert "\x1b" not in said and trainer.progress.steps == trainer.train.steps
+    assert (trainer.run.path / "config.yaml").read_text().count(path) == 2
 
 
 def test_rules_choose_what_is_quantized(sft, tmp_path, begun):
