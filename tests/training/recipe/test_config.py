@@ -49,7 +49,10 @@ def test_what_makes_no_sense_is_refused_with_the_key(tmp_path, changes, message)
     assert len(str(refusal.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS.glob("*.yaml") if "\ntasks:" in path.read_text() or "recipe" in path.name], ids=lambda p: p.name)
+RECIPES = [path for path in CONFIGS.glob("*.yaml") if "\ntasks:" in path.read_text() or "recipe" in path.name]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_that_comes_along_parses_and_has_nvidias_learning_rates(path):
     recipe = load_recipe(path)
     assert all(Path(entry.file).is_file() or entry.file in ("A", "B", "H", "Eng") for entry in recipe.tasks)

@@ -91,10 +91,11 @@ def test_the_20b_recipes_run_through_on_rows_of_their_schema(tmp_path, name, row
     if name == "multilingual_20b":
         pytest.importorskip("py3langid", reason="the language check needs the extra `eval`")
     data = write_rows(tmp_path / "rows.jsonl", rows(40))
+    files = [f"data.train={data}", "model=nano", "data.row_length=256", "data.system_date=null"]
     small = ["steps=2", "epochs=null", "batch={rows: 4, accumulation: 1}", "mesh={fsdp: 1}", "compute_dtype=float32", "eval_every=null"]
     recipe = load_recipe(
         CONFIGS / f"{name}.yaml",
-        [f"data.train={data}", "model=nano", "data.row_length=256", "data.system_date=null", *(f"{s}.{text}" for s in ("sft", "qat") for text in small)],
+        [*files, *(f"{stage}.{text}" for stage in ("sft", "qat") for text in small)],
         output=tmp_path / "run",
     )
     entries = tuple(entry.model_copy(update={"max_new_tokens": 24, "limit": 3}) for entry in recipe.tasks)
