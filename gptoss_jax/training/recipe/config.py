@@ -58,8 +58,6 @@ class RecipeConfig(Section):
     # which file of a task that has several
     evaluation: Literal["dev", "final"] = "final"
     tasks: Annotated[tuple[TaskEntry, ...], Field(min_length=1)] = NANO_TASKS
-    # rows of an evaluation batch
-    eval_rows: PositiveInt = 16
     rows: Annotated[tuple[RowName, ...], Field(min_length=1)] = tuple(ROWS)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # name -> dotted settings of sft, qat and data over those below; none: the recipe as it stands

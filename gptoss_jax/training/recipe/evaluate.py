@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptoss_jax.checkpoint.models import Model
-from gptoss_jax.data import encode_conversations, load_rows, pack
+from gptoss_jax.data import load_rows
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation import LocalSubject, Task, TaskResult, load_task, run_task
 from gptoss_jax.evaluation.scorers import Loss
@@ -105,6 +105,5 @@ class Evaluation:
         """The guard conversations with the base's opinion of them; the base is loaded for it and let go."""
         if self.config.gate is None or self.config.gate.guard is None:
             return None
-        documents = encode_conversations(load_rows(self.config.gate.guard).rows, self.tokenizer, system=self.system)
-        packed = pack(documents, self.config.data.row_length, too_long=self.config.data.too_long)
-        return Guard(self.model_config, self._load(self.config.model).params, packed, self.dtype, self.config.eval_rows)
+        base = LocalSubject(self._load(self.config.model), self.tokenizer, self.dtype)
+        return Guard(base, load_rows(self.config.gate.guard).rows, self.system)

@@ -120,7 +120,7 @@ def expected_kl(model, moved, gated) -> float:
     from gptoss_jax.model import compute_logits, forward
 
     total, tokens = 0.0, 0
-    for batch in gated.evaluation.guard._batches():
+    for batch in gated.evaluation.guard._set.batches():
         logs = []
         for params in (model.params, moved):
             hidden = forward(model.config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=np.float32).hidden_BTD

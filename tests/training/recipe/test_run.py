@@ -46,17 +46,18 @@ def test_recipe_measures_exported_files_and_resumes(tmp_path):
 def test_variants_share_the_stages_that_they_do_not_change(tmp_path):
     said = []
     variants = {"fast": {}, "slow": {"qat.optimizer.learning_rate": 1e-6}}
-    found = Recipe(config(tmp_path, variants=variants), say=said.append).run()
+    rows = ["original", "sft", "qat_mxfp4"]
+    found = Recipe(config(tmp_path, variants=variants, rows=rows), say=said.append).run()
     trained = [line.split(": ")[0] for line in said if "learning rate" in line]
     assert trained == ["[seed 0] fast, sft", "[seed 0] fast, qat_mxfp4", "[seed 0] slow, qat_mxfp4"]
     assert [(m.row, m.variant) for m in found.results] == [
-        ("original", ""), ("sft", "fast"), ("sft_ptq", "fast"), ("qat_mxfp4", "fast"), ("qat_mxfp4", "slow"),
+        ("original", ""), ("sft", "fast"), ("qat_mxfp4", "fast"), ("qat_mxfp4", "slow"),
     ]  # fmt: skip
-    assert [found.label(m) for m in found.results][1:4] == ["SFT BF16", "SFT + PTQ MXFP4", "SFT + QAT MXFP4, fast"]
+    assert [found.label(m) for m in found.results][1:3] == ["SFT BF16", "SFT + QAT MXFP4, fast"]
     assert found.results[-1].loss != found.results[-2].loss
     said.clear()
-    more = Recipe(config(tmp_path, variants={**variants, "slower": {"qat.optimizer.learning_rate": 1e-7}}), say=said.append).run()
-    assert more.results[:5] == found.results and [line for line in said if "learning rate" in line] == [
+    more = Recipe(config(tmp_path, variants={**variants, "slower": {"qat.optimizer.learning_rate": 1e-7}}, rows=rows), say=said.append).run()
+    assert more.results[:4] == found.results and [line for line in said if "learning rate" in line] == [
         "[seed 0] slower, qat_mxfp4: 2 steps, learning rate 1e-07"
     ]
 
@@ -84,15 +85,16 @@ def falsereject_rows(count: int) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name,rows,tasks", [("multilingual_20b", multilingual_rows, 2), ("falsereject_20b", falsereject_rows, 1)], ids=["multilingual", "falsereject"]
-)
-def test_the_20b_recipes_run_through_on_rows_of_their_schema(tmp_path, name, rows, tasks):
+    "name,rows,tasks,devices", [("multilingual_20b", multilingual_rows, 2, 1), ("falsereject_20b", falsereject_rows, 1, 2)],
+    ids=["multilingual", "falsereject_on_two_devices"],
+)  # fmt: skip
+def test_the_20b_recipes_run_through_on_rows_of_their_schema(tmp_path, name, rows, tasks, devices):
     """All stages with nano in place of 20b: a tenth held out and asked, four rows with NVIDIA's numbers, failing samples kept."""
     if name == "multilingual_20b":
         pytest.importorskip("py3langid", reason="the language check needs the extra `eval`")
     data = write_rows(tmp_path / "rows.jsonl", rows(40))
     files = [f"data.train={data}", "model=nano", "data.row_length=256", "data.system_date=null"]
-    small = ["steps=2", "epochs=null", "batch={rows: 4, accumulation: 1}", "mesh={fsdp: 1}", "compute_dtype=float32", "eval_every=null"]
+    small = ["steps=2", "epochs=null", "batch={rows: 4, accumulation: 1}", f"mesh={{fsdp: {devices}}}", "compute_dtype=float32", "eval_every=null"]
     recipe = load_recipe(
         CONFIGS / f"{name}.yaml",
         [*files, *(f"{stage}.{text}" for stage in ("sft", "qat") for text in small)],
