@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = "tests/model/test_transformers_parity.py -k module_matches"
+EXAMPLES = "tests/data/test_examples.py --deselect tests/data/test_examples.py::test_loss_of_shared_documents_is_that_of_one_document_for_each_turn"
 CODEC = "tests/formats/test_mxfp4.py"
 
 
@@ -75,6 +76,10 @@ MUTANTS = (
     Mutant("labels_taken_from_ids", "gptoss_jax/data/documents.py", "labels = ids if same else", "labels = ids if True else", "tests/data/test_pipeline.py"),
     Mutant("system_text_lost", "gptoss_jax/data/columns.py", '"system", "content": _text(row, system)}] if', '"system", "content": _text(row, system)}][:0] if',
            "tests/data/test_columns.py"),
+    Mutant("old_thoughts_shown", "gptoss_jax/data/rendering.py", "with_thought=i > answered", "with_thought=True", EXAMPLES),
+    Mutant("earlier_answers_learn_end", "gptoss_jax/data/examples.py", ', label="<|return|>")', ")", EXAMPLES),
+    Mutant("thoughts_of_a_loop_stay", "gptoss_jax/data/examples.py", "stale = open_thoughts and is_final(message)", "stale = bool(thought(message)) and is_final(message)", EXAMPLES),
+    Mutant("tool_result_not_json", "gptoss_jax/data/rendering.py", 'to_json(message["content"]), "commentary")', 'str(message["content"]), "commentary")', EXAMPLES),
 )  # fmt: skip
 
 

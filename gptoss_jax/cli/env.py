@@ -7,7 +7,7 @@ import sys
 from typing import Literal
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "safetensors", "numpy", "ml_dtypes")
-EXTRAS = {"gpu": "jax_cuda12_plugin", "plots": "matplotlib", "test": "torch"}
+EXTRAS = {"gpu": "jax_cuda12_plugin", "plots": "matplotlib", "eval": "py3langid", "test": "torch"}
 
 
 def env(xla_flags: bool = False, exports: bool = False, device: Literal["h100", "h200", "b200"] = "h100", gpus: int = 1) -> None:

@@ -27,6 +27,7 @@ from gptoss_jax.data.tool_text import functions_text, to_json
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = ("role", "content", "thinking", "tool_calls", "channel", "weight", "name", "tool_call_id")
 ONLY_ASSISTANT = {"thinking": "thinks", "tool_calls": "calls tools", "channel": "chooses a channel", "weight": "is trained"}
+OTHER_NAMES = {"reasoning_content": "thinking", "reasoning": "thinking", "function_call": "tool_calls", "from": "role", "value": "content"}
 EFFORTS = ("low", "medium", "high")
 CHANNEL_TAGS = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
 OTHER_SCHEMAS = {
@@ -156,7 +157,8 @@ def _check_message(message: Any, i: int, called: Mapping[str, Any] | None) -> di
         raise BadRow(f"{name} has no role" if role is None else f'{name}.role is "{role}": {_nearest(role, ROLES)}')
     for key in message:
         if key not in FIELDS:
-            raise BadRow(f'{name} has an unknown field "{key}": {_nearest(key, FIELDS)}')
+            meant = f'here it is called "{OTHER_NAMES[key]}"' if key in OTHER_NAMES else _nearest(key, FIELDS)
+            raise BadRow(f'{name} has an unknown field "{key}": {meant}')
         if role != "assistant" and key in ONLY_ASSISTANT:
             raise BadRow(f'{name} has "{key}" and its role is "{role}": only an assistant {ONLY_ASSISTANT[key]}')
         if role != "tool" and key in ("name", "tool_call_id"):
@@ -199,6 +201,13 @@ def check_row(row: Any, *, prompt: bool = False) -> dict[str, Any]:
 
     `prompt`: the messages ask for an answer, so the last need not be the assistant's. Raises BadRow.
     """
+    try:
+        return _check_row(row, prompt)
+    except RecursionError:
+        raise BadRow("tools, arguments or results are nested too deeply") from None
+
+
+def _check_row(row: Any, prompt: bool) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadRow(f"the row is of type {type(row).__name__}, it must be an object")
     messages = row.get("messages")

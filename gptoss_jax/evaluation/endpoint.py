@@ -240,14 +240,16 @@ def _with_stop(completion: Completion) -> str:
 
 
 def _message(reply: requests.Response) -> str:
-    """The server's own words, one line of them."""
+    """The server's own words, one line of them; a key in them is blotted out."""
     try:
         values = reply.json()
         error = values.get("error", values)
         text = error if isinstance(error, str) else error.get("message") or error.get("detail") or str(error)
     except (ValueError, AttributeError):
         text = reply.text
-    return " ".join(str(text).split())[:200] or reply.reason
+    text = " ".join(str(text).split())
+    key = os.environ.get(API_KEY)
+    return (text.replace(key, "***") if key else text)[:200] or reply.reason
 
 
 def _innermost(error: BaseException) -> str:

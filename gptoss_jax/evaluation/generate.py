@@ -2,8 +2,8 @@
 
     prompts -> sorted by length -> batches -> prefill -> [decode, choose] x 16 on the device -> host collects -> ... until all rows stopped
 
-Compiled programs are bounded: rows per batch are rounded up to a power of two, prompt and cache lengths to 2^n or 3 * 2^(n-1) from 16 on, so lengths
-up to 131,072 make 27 sizes, and no batch computes more than half again of what it needs. One decode program serves all prompt lengths of a cache size.
+Compiled programs are bounded: rows per batch are rounded up to a power of two, prompt and cache lengths to 2^n or 3 * 2^(n-1) from 16 on, so that
+lengths up to 131,072 make 27 sizes, none more than half again of what is needed. One decode program serves all prompt lengths of a cache size.
 Programs belong to config, dtype and shapes, not to a `Generator`: new weights of the same model, as during training, compile nothing.
 
 Legend: B rows of a batch  T prompt tokens, padded  C tokens per trip to the device
@@ -192,7 +192,7 @@ class Generator:
             raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1")
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.config.max_position_embeddings:
-                raise UsageError(f"prompt {i} has {len(prompt)} tokens; the model takes 1 to {self.config.max_position_embeddings - 1} and answers after them")
+                raise UsageError(f"prompt {i} has {len(prompt)} tokens; the model takes 1 to {self.config.max_position_embeddings - 1}")
             if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
                 raise UsageError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}; the vocabulary has {self.config.vocab_size}")
 

@@ -50,9 +50,11 @@ def _to_row(raw: Any, prompt: str | None, columns: Mapping[str, str] | None) -> 
     if prompt is None:
         try:
             return check_row({**raw, **to_conversation(raw, columns)[1]} if isinstance(raw, dict) else raw, prompt=True)
-        except BadRow:
-            if columns is not None or not isinstance(raw, dict) or "prompt" not in raw or "completion" in raw or "messages" in raw:
+        except BadRow as bad:
+            if columns is not None or not isinstance(raw, dict) or "completion" in raw or "messages" in raw:
                 raise
+            if "prompt" not in raw:
+                raise BadRow(f"{bad}; prompts alone: prompt: COLUMN") from None
     column = prompt or "prompt"
     if not isinstance(raw, dict) or column not in raw:
         raise BadRow(f'no column "{column}"' + (f"; there are {', '.join(raw)}" if isinstance(raw, dict) else ""))

@@ -19,6 +19,7 @@ none. Tasks that come along are taken by name: A, B, H, Eng (nano's).
 import dataclasses
 import datetime
 import difflib
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def load_task(path: str | Path, split: str = "dev") -> Task:
         return f"{path}:{lines[keys]}" if keys in lines else str(path)
 
     try:
-        raw = _TaskFile.model_validate(values)
+        raw = _TaskFile.model_validate_json(json.dumps(values), strict=True)  # strict: "3" is no number
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])

@@ -21,7 +21,7 @@ SAMPLES = "samples"
 
 
 class TaskRates:
-    """`rates(step, params)` of the tasks in these files (or of that name). Their rows are read at once, so that what is wrong is said before training.
+    """`rates(step, params)` of the tasks in these files (or of that name). Rows are read at once: what is wrong with them is said before training.
 
     Raises:
       UsageError: a task or its data cannot be used, or two have one name.

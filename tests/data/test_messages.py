@@ -51,8 +51,16 @@ def test_other_columns_and_weights_are_kept():
     assert check_row(given) == given
 
 
+def nested(depth):
+    value = "x"
+    for _ in range(depth):
+        value = {"properties": {"a": value}, "type": "object"}
+    return value
+
+
 DEEP = {"properties": {"a": {"type": "object", "properties": ["b"]}}}
 BAD = {
+    "other_name": (row(USER, {**ANSWER, "reasoning_content": "x"}), 'unknown field "reasoning_content": here it is called "thinking"'),
     "result_first": (row(USER, RESULT, ANSWER), "messages[1].role is \"tool\": there is no call before it"),
     "result_after_answer": (row(USER, ASKS, RESULT, ANSWER, RESULT, ANSWER), "messages[4].role is \"tool\": there is no call before it"),
     "result_of_another": (row(USER, ASKS, {**RESULT, "name": "sub"}, ANSWER), 'messages[2].name is "sub": the call before it is one of "add"'),
@@ -86,6 +94,8 @@ BAD = {
     "properties": (row(USER, ANSWER, tools=[{**FUNCTION, "parameters": DEEP}]), "parameters.properties.a.properties is of type list"),
     "required": (row(USER, ANSWER, tools=[{**FUNCTION, "parameters": {**FUNCTION["parameters"], "required": True}}]), "required is of type bool"),
     "enum": (row(USER, ANSWER, tools=[{**FUNCTION, "parameters": {"properties": {"a": {"type": "string", "enum": "x"}}}}]), "a.enum is of type str"),
+    "deep_tool": (row(USER, ANSWER, tools=[{**FUNCTION, "parameters": nested(20_000)}]), "nested too deeply"),
+    "deep_result": (row(USER, ASKS, {"role": "tool", "content": nested(20_000)}, ANSWER), "nested too deeply"),
     "tool_nul": (row(USER, ANSWER, tools=[{**FUNCTION, "description": "a\0"}]), "tools has a NUL"),
 }
 

@@ -28,6 +28,7 @@ from gptoss_jax.ops.grouped_matmul.groups import take_or_zero, weighted_sum
 from gptoss_jax.ops.grouped_matmul.xla import bits, dot, over_pieces, values
 from gptoss_jax.ops.swiglu import clamped_swiglu
 
+FEW_ROWS = 256
 FEW_BLOCK_ROWS = {"xla": 8, "triton": 16}
 NT = ((1,), (1,))
 
@@ -51,12 +52,33 @@ def expert_mlp_inference(
     weights = w_gate_up_XUD, bias_up_XU, w_down_XDF, bias_down_XD
     if backend == "xla" and x_SD.shape[0] == 1:
         return _one_token(x_SD, first + experts_SA[0], weights_SA, weights, limit)
-    few = experts_SA.size <= FEW_BLOCK_ROWS[backend] * num_experts
-    groups = group_rows(experts_SA, num_experts, FEW_BLOCK_ROWS[backend] if few else block_rows(backend))
+    few = experts_SA.size <= FEW_ROWS
+    groups = group_few_rows(experts_SA, num_experts, FEW_BLOCK_ROWS[backend]) if few else group_rows(experts_SA, num_experts, block_rows(backend))
     if backend == "xla":
         return _piecewise(x_SD, weights_SA, weights, groups, first, limit, _over_blocks if few else over_pieces)
     kernel = importlib.import_module(f"gptoss_jax.ops.grouped_matmul.{'mxfp4_triton' if _is_packed(w_gate_up_XUD) else 'triton'}")
     return composed(x_SD, weights_SA, weights, groups, first, limit, kernel.forward)
+
+
+def group_few_rows(experts_SA: Int[Array, "S A"], num_experts: int, rows: int) -> RowGroups:
+    """`group_rows` by comparing every row with every row, every slot with every row: a few small passes.
+
+    Sorting, searching and scattering are loops on XLA:CPU, with one turn per row or more: they took longer than the products of 32 rows.
+    """
+    num_rows = experts_SA.size
+    max_blocks = max(1, min(num_rows // rows + num_experts, num_rows))
+    experts_R, index_R = experts_SA.reshape(-1), jnp.arange(num_rows, dtype=jnp.int32)
+    is_mine_ER = jnp.arange(num_experts)[:, None] == experts_R
+    sizes_E = jnp.sum(is_mine_ER, axis=1, dtype=jnp.int32)
+    rank_R = jnp.sum((experts_R[:, None] == experts_R) & (index_R < index_R[:, None]), axis=1, dtype=jnp.int32)
+    blocks_E = -(-sizes_E // rows)
+    before_EE = jnp.tri(num_experts, k=-1, dtype=bool)
+    first_E = jnp.sum(jnp.where(before_EE, blocks_E, 0), axis=1, dtype=jnp.int32)
+    slot_R = jnp.sum(jnp.where(is_mine_ER, first_E[:, None], 0), axis=0, dtype=jnp.int32) * rows + rank_R
+    is_there_PR = jnp.arange(max_blocks * rows)[:, None] == slot_R
+    assignment_P = num_rows + jnp.sum(jnp.where(is_there_PR, index_R - num_rows, 0), axis=1, dtype=jnp.int32)
+    block_expert_G = jnp.sum((first_E + blocks_E) <= jnp.arange(max_blocks)[:, None], axis=1, dtype=jnp.int32).clip(max=num_experts - 1)
+    return RowGroups(slot_R.reshape(experts_SA.shape), assignment_P, block_expert_G, jnp.sum(blocks_E), sizes_E)
 
 
 def _is_packed(w) -> bool:
