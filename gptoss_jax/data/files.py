@@ -209,9 +209,11 @@ def _read_saved(path: Path, split: str | None) -> Rows:
 
 
 def _read_hub(name: str, config: str | None, split: str | None) -> Rows:
-    """Downloaded by `datasets` into its cache, the first time."""
+    """Downloaded by `datasets` into its cache, the first time. Its retries, some 25 s without a network, are left to end in one line of ours."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()
     try:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # whatever huggingface_hub, httpx and datasets raise

@@ -30,12 +30,6 @@ ONLY_ASSISTANT = {"thinking": "thinks", "tool_calls": "calls tools", "channel": 
 OTHER_NAMES = {"reasoning_content": "thinking", "reasoning": "thinking", "function_call": "tool_calls", "from": "role", "value": "content"}
 EFFORTS = ("low", "medium", "high")
 CHANNEL_TAGS = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
-OTHER_SCHEMAS = {
-    "conversations": "rename it; its items need role/content instead of from/value",
-    "prompt": "make it a user message, and the completion an assistant message",
-    "instruction": "make it a user message, and the output an assistant message",
-    "text": "raw text has no roles; split it into messages",
-}
 
 
 class BadRow(ValueError):
@@ -212,8 +206,7 @@ def _check_row(row: Any, prompt: bool) -> dict[str, Any]:
         raise BadRow(f"the row is of type {type(row).__name__}, it must be an object")
     messages = row.get("messages")
     if messages is None:
-        hints = [f'it has "{key}": {hint}' for key, hint in OTHER_SCHEMAS.items() if key in row]
-        raise BadRow('no "messages"; ' + (hints[0] if hints else f"its fields are {', '.join(map(str, row)) or 'none'}"))
+        raise BadRow(f"no \"messages\"; its fields are {', '.join(map(str, row)) or 'none'}")
     if not isinstance(messages, list) or not messages:
         raise BadRow("messages is empty" if messages == [] else f"messages is of type {type(messages).__name__}, it must be a list")
     checked, called = [], None
