@@ -81,6 +81,10 @@ class RecipeConfig(Section):
             raise ValueError("train_documents and data.train: nano belong together")
         if "direct" in self.rows and (self.sft.steps is None) != (self.qat.steps is None):
             raise ValueError("the row direct needs the steps of both stages, or epochs of both")
+        if self.gate and "original" in self.gate.rows:
+            raise ValueError("gate: the original is no export of the recipe")
+        if self.gate and not set(self.gate.rows) & set(self.rows):
+            raise ValueError(f"gate: it is for {', '.join(self.gate.rows)}, and none of these is among the rows")
         if self.gate and self.gate.needs_reference and "sft" not in self.rows:
             raise ValueError("gate: max_drop and max_loss_increase compare with the row sft, which is not among the rows")
         for name, settings in self.variants.items():

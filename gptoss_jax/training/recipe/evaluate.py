@@ -13,7 +13,6 @@ from gptoss_jax.data import load_rows
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation import LocalSubject, Task, TaskResult, load_task, run_task
 from gptoss_jax.evaluation.scorers import Loss
-from gptoss_jax.model import GptOssConfig
 from gptoss_jax.training.held_out import held_out_rows
 from gptoss_jax.training.recipe.config import RecipeConfig
 from gptoss_jax.training.recipe.guard import Guard
@@ -52,8 +51,8 @@ class Evaluation:
       UsageError: a task or its data cannot be used, there is nothing to measure the loss on, or the gate names another task.
     """
 
-    def __init__(self, config: RecipeConfig, model_config: GptOssConfig, tokenizer: Any, dtype: Any, load: Callable[[Any], Model]):
-        self.config, self.model_config, self.tokenizer, self.dtype, self._load = config, model_config, tokenizer, dtype, load
+    def __init__(self, config: RecipeConfig, tokenizer: Any, dtype: Any, load: Callable[[Any], Model]):
+        self.config, self.tokenizer, self.dtype, self._load = config, tokenizer, dtype, load
         self.system = data_pipeline(config.data, tokenizer).system
         self.held_out = held_out_rows(config.data)
         self.tasks: dict[str, Task] = {}

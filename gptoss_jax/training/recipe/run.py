@@ -14,33 +14,25 @@ What is finished is not done again, so an interrupted recipe goes on where it st
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from gptoss_jax.checkpoint import export_hf, orbax_store, verify_dir
 from gptoss_jax.checkpoint.models import load_model
 from gptoss_jax.data.harmony import load_tokenizer
-from gptoss_jax.errors import RunError, UsageError
-from gptoss_jax.evaluation.tasks import sft_rows, write_jsonl
-from gptoss_jax.formats import Mxfp4, Nvfp4
-from gptoss_jax.training.config import TrainConfig
-from gptoss_jax.training.recipe.config import NANO_DATA, RecipeConfig
+from gptoss_jax.errors import UsageError
+from gptoss_jax.training.recipe.config import RecipeConfig
 from gptoss_jax.training.recipe.evaluate import Evaluation
 from gptoss_jax.training.recipe.gate import GATE, GateFailed, judge, verdict
 from gptoss_jax.training.recipe.results import RESULTS, Measured, Results, read_results, write_atomic
-from gptoss_jax.training.recipe.rows import ROWS, Stage
-from gptoss_jax.training.run_dir import CONFIG
-from gptoss_jax.training.stage import look_at, make_shardings, run_stage
-from gptoss_jax.training.yaml_config import read_yaml
+from gptoss_jax.training.recipe.rows import ROWS
+from gptoss_jax.training.recipe.stages import Say, Stages
+from gptoss_jax.training.stage import look_at, make_shardings
 
-Say = Callable[[str], None]
 Key = tuple[str, str, int]  # row, variant, seed
 SETTINGS = "recipe.json"
 SHOWN_FAILURES = 3
-_STAGES_OF: dict[str, tuple[str, ...]] = {"base": (), "sft": ("sft",)}  # whose settings a stage depends on; all others: both
 
 
 class Recipe:
@@ -52,12 +44,12 @@ class Recipe:
 
     def __init__(self, config: RecipeConfig, say: Say = print):
         self.config, self.say, self.root = config, say, Path(config.output)
-        self.variants = {name: config.of_variant(name) for name in (config.variants or {"": {}})}
         self.dtype = jnp.dtype(config.sft.compute_dtype)
-        self.model_config, self.base_directory = look_at(config.model)
-        shardings = make_shardings(config.sft, self.model_config)
+        model_config, directory = look_at(config.model)
+        shardings = make_shardings(config.sft, model_config)
         self.shardings = shardings and shardings.params
-        self.evaluation = Evaluation(config, self.model_config, load_tokenizer(self.base_directory), self.dtype, self._load)
+        self.stages = Stages(config, say, self.shardings)
+        self.evaluation = Evaluation(config, load_tokenizer(directory), self.dtype, self._load)
 
     def run(self) -> Results:
         """All rows, variants and seeds; `results.json` grows with every row.
@@ -70,7 +62,7 @@ class Recipe:
         done = read_results(self.root).results if (self.root / RESULTS).exists() else ()
         found = {measured.key: measured for measured in done if measured.row in self.config.rows and self.evaluation.is_complete(measured)}
         found = {key: measured for key, measured in found.items() if not self._is_rejected(key)}  # those are measured and judged anew
-        seeds, variants = list(self.config.seeds), ["", *self.variants]
+        seeds, variants = list(self.config.seeds), ["", *self.stages.variants]
         # one seed after the other: an interrupted recipe has whole tables of fewer seeds
         for key in sorted(self._keys(), key=lambda key: (seeds.index(key[2]), variants.index(key[1]))):
             if key not in found:
@@ -86,8 +78,7 @@ class Recipe:
         """In the order of the table's lines. Settings that a row does not depend on do not multiply it."""
         keys = []
         for row in self.config.rows:
-            stage = ROWS[row].stage
-            owners = [""] if stage == "base" else dict.fromkeys(self._owner(stage, variant) for variant in self.variants)
+            owners = dict.fromkeys(self.stages.owner(ROWS[row].stage, variant) for variant in self.stages.variants)
             keys += [(row, variant, seed) for variant in owners for seed in self.config.seeds]
         return keys
 
@@ -97,20 +88,9 @@ class Recipe:
         first = found.get((row, variant, self.config.seeds[0])) if ROWS[row].stage == "base" else None
         return first and first.model_copy(update={"seed": seed})
 
-    def _owner(self, stage: Stage, variant: str) -> str:
-        """The first variant that trains this stage with the same settings."""
-        settings = lambda name: [self.variants[name].stage(part) for part in _STAGES_OF.get(stage, ("sft", "qat"))]
-        return next(name for name in self.variants if settings(name) == settings(variant))
-
-    def _label(self, row: str, variant: str) -> str:
-        return ROWS[row].label + (f", {variant}" if len(self.variants) > 1 and variant else "")
-
-    def _place(self, variant: str, seed: int) -> Path:
-        return self.root / variant / f"seed-{seed}"
-
     def _is_rejected(self, key: Key) -> bool:
         row, variant, seed = key
-        return (self._place(variant, seed) / "rejected" / row).exists()
+        return (self.stages.place(variant, seed) / "rejected" / row).exists()
 
     def _write(self, found: dict[Key, Measured]) -> Results:
         results = Results(tasks=self.evaluation.columns, results=tuple(found[key] for key in self._keys() if key in found))
@@ -135,77 +115,18 @@ class Recipe:
 
     # ---- one row --------------------------------------------------------------------------------------------------------------
     def _row(self, name: str, variant: str, seed: int) -> Measured:
-        row = ROWS[name]
-        run, steps = self._stage(row.stage, variant, seed)
-        directory = self._export(name, variant, seed, run)
-        outcome = self.evaluation.measure(self._load(directory))
-        outcome.write_failures(self._place(variant, seed) / "failures" / name)
+        run, steps = self.stages.run(ROWS[name].stage, variant, seed)
+        outcome = self.evaluation.measure(self._load(self.stages.export(name, variant, seed, run)))
+        outcome.write_failures(self.stages.place(variant, seed) / "failures" / name)
         measured = Measured(
             row=name, variant=variant, seed=seed, pass_rates=outcome.pass_rates, loss=outcome.loss, steps_trained=steps, kl=outcome.kl
         )  # fmt: skip
         rates = ", ".join(f"{task} {measured.rate(task):.1%}" for task in self.evaluation.columns)
-        self.say(f"[seed {seed}] {self._label(name, variant)}: {rates}, loss {measured.loss:.4f}")
+        self.say(f"[seed {seed}] {self.stages.label(name, variant)}: {rates}, loss {measured.loss:.4f}")
         return measured
 
     def _load(self, path: str | Path) -> Any:
         return load_model(path, self.dtype, self.shardings)
-
-    def _export(self, name: str, variant: str, seed: int, run: Path | None) -> Path:
-        """The exported directory of a row, verified; the base is what it is."""
-        if run is None:
-            return self.base_directory if orbax_store.locate(self.config.model) is None else Path(self.config.model)
-        row, target = ROWS[name], self._place(variant, seed) / "export" / name
-        if target.exists():
-            return target
-        model = load_model(run, jnp.bfloat16, self.shardings)
-        fmt = {"mxfp4": Mxfp4(), "nvfp4": Nvfp4(), "bf16": "bf16"}[row.format]
-        export_hf(target, model.config, model.params, format=fmt, source_dir=model.directory, provenance=model.source)
-        if model.code_hashes is not None:
-            report = verify_dir(target, against=model.code_hashes)
-            if not report.ok:
-                raise RunError(f"{target}: the exported codes are not those that training computed: {report.failures[0]}")
-            self.say(f"[seed {seed}] {self._label(name, variant)}: exported codes equal the trained ones ({len(model.code_hashes)} expert matrices)")
-        return target
-
-    # ---- stages ---------------------------------------------------------------------------------------------------------------
-    def _stage(self, stage: Stage, variant: str, seed: int) -> tuple[Path | None, int]:
-        """(run directory, steps trained so far) of a stage, training what it needs."""
-        if stage == "base":
-            return None, 0
-        config = self.variants[variant]
-        sft, qat = config.stage("sft"), config.stage("qat")
-        if stage == "sft":
-            return self._train(stage, variant, seed, sft, config.model)
-        if stage == "direct":
-            length = {"steps": sft.steps + qat.steps} if sft.steps else {"epochs": (sft.epochs or 1.0) + (qat.epochs or 1.0)}
-            return self._train(stage, variant, seed, sft.model_copy(update={**length, "quant": _quant("mxfp4")}), config.model)
-        start, before = self._stage("sft", self._owner("sft", variant), seed)
-        settings = qat if stage == "sft_longer" else qat.model_copy(update={"quant": _quant(stage.removeprefix("qat_"))})
-        run, steps = self._train(stage, variant, seed, settings, str(start))
-        return run, before + steps
-
-    def _train(self, stage: Stage, variant: str, seed: int, settings: TrainConfig, start: str) -> tuple[Path, int]:
-        """(run directory, steps) of a finished stage."""
-        directory = self._place(variant, seed) / stage
-        finished = orbax_store.latest_step(directory / orbax_store.CHECKPOINTS)
-        if finished is None or finished != read_yaml(directory / CONFIG).get("steps"):
-            train = settings.model_copy(update={"model": start, "output": str(directory), "seed": seed, "data": self._data(settings, variant, seed)})
-            if not directory.exists():
-                length = f"{train.steps} steps" if train.steps else f"{train.epochs or 1:g} epochs"
-                self.say(f"[seed {seed}] {variant and variant + ', '}{stage}: {length}, learning rate {train.optimizer.learning_rate:g}")
-            _, state = run_stage(train, resume=directory.exists())
-            finished = int(state.step)
-        return directory, finished
-
-    def _data(self, settings: TrainConfig, variant: str, seed: int):
-        """The data settings of a stage, with nano's conversations written out."""
-        if settings.data.train != NANO_DATA:
-            return settings.data
-        file = self._place(variant, seed) / "train.jsonl"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(sft_rows(seed, self.config.train_documents), file)
-        return settings.data.model_copy(update={"train": str(file)})
 
     # ---- gate -----------------------------------------------------------------------------------------------------------------
     def _judge(self, found: dict[Key, Measured]) -> None:
@@ -213,21 +134,23 @@ class Recipe:
         gate, verdicts, failed = self.config.gate, [], []
         for key in (key for key in self._keys() if key[0] in gate.rows):
             row, variant, seed = key
-            place = self._place(variant, seed)
+            place = self.stages.place(variant, seed)
             export, rejected = place / "export" / row, place / "rejected" / row
-            findings = judge(gate, found[key], found.get(("sft", self._owner("sft", variant), seed)), self.evaluation.columns)
+            findings = judge(gate, found[key], found.get(("sft", self.stages.owner("sft", variant), seed)), self.evaluation.columns)
             broken = [finding for finding in findings if not finding.ok]
             shutil.rmtree(rejected, ignore_errors=True)  # of an earlier judgement
             record = verdict(found[key], findings, str((rejected if broken else export).relative_to(self.root)))
             if broken:
+                moved = ""
                 if export.exists():
                     rejected.parent.mkdir(exist_ok=True)
                     os.rename(export, rejected)
                     write_atomic(rejected / GATE, json.dumps(record, indent=1) + "\n")
-                samples = [self._samples(place / "failures" / row / f"{finding.task}.jsonl") for finding in broken if finding.task]
-                failed.append(f"{self._label(row, variant)}, seed {seed}: {'; '.join(map(str, broken))}{''.join(samples)}; moved to {rejected}")
+                    moved = f"; moved to {rejected}"
+                samples = "".join(self._samples(place / "failures" / row / f"{finding.task}.jsonl") for finding in broken if finding.task)
+                failed.append(f"{self.stages.label(row, variant)}, seed {seed}: {'; '.join(map(str, broken))}{samples}{moved}")
             else:
-                self.say(f"[seed {seed}] {self._label(row, variant)}: passes the gate ({len(findings)} limits)")
+                self.say(f"[seed {seed}] {self.stages.label(row, variant)}: passes the gate ({len(findings)} limits)")
             verdicts.append(record)
         write_atomic(self.root / GATE, json.dumps(verdicts, indent=1) + "\n")
         if failed:
@@ -240,10 +163,6 @@ class Recipe:
         samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         shown = ", ".join(repr(sample["prompt"][-1]["content"][-60:]) for sample in samples[:SHOWN_FAILURES])
         return f"; fails {shown} ({len(samples)} in {file})"
-
-
-def _quant(name: str) -> Any:
-    return TrainConfig(quant={"format": name}).quant
 
 
 def _differences(name: str, before: Any, now: Any) -> list[str]:

@@ -57,6 +57,8 @@ def test_a_number_that_is_not_finite_breaks_its_limit(gate):
         ({"gate": {}}, "no limit is set"),
         ({"gate": {"max_kl": 0.1}}, "guard and max_kl belong together"),
         ({"gate": {"max_drop": 0.1}, "rows": ["qat_mxfp4"]}, "compare with the row sft"),
+        ({"gate": {"min_pass": {"A": 0.9}}, "rows": ["sft"]}, "none of these is among the rows"),
+        ({"gate": {"min_pass": {"A": 0.9}, "rows": ["original"]}}, "the original is no export"),
         ({"gate": {"min_pas": {}}}, "did you mean 'gate.min_pass'"),
         ({"gate": {"min_pass": {"A": 95}}}, "gate.min_pass.A = 95"),
     ],
@@ -75,7 +77,7 @@ def recipe(tmp_path, monkeypatch, said, **changes) -> Recipe:
     """A recipe whose stages are the untrained model: exports and measurements are real."""
     changes = {"rows": ["sft", "qat_mxfp4"], **changes}
     recipe = Recipe(config(tmp_path, **changes), say=said.append)
-    monkeypatch.setattr(recipe, "_stage", lambda stage, variant, seed: (NANO, 0))
+    monkeypatch.setattr(recipe.stages, "run", lambda stage, variant, seed: (NANO, 0))
     return recipe
 
 
