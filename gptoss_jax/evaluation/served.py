@@ -1,9 +1,9 @@
 """Is the served model the trained one? The same prompts to both, and next-token distributions compared at places inside the answers.
 
 A place is a prefix of a conversation that ends before a token of an answer. Tags of the format are left out, and so are places where the local
-model gives one token more than 99 %, as long as 50 others remain: everybody is sure of these, so they tell models apart badly. The server is asked for
-one token at each place and gives the log-probabilities of its k most probable ones; the local model gives all. What the server does not list is one
-further event on both sides:
+model gives one token more than 99 %, as long as 50 others remain: everybody is sure of these, so they tell models apart badly. The server is asked
+for one token at each place and gives the log-probabilities of its k most probable ones; the local model gives all. What the server does not list is
+one further event on both sides:
 
     kl_served  = sum_k q (log q - log p) + rest        q the server's, p the local probabilities: a lower bound of KL(served || local)
     kl_local   = sum_k p (log p - log q) + rest        likewise of KL(local || served)

@@ -9,7 +9,8 @@ from gptoss_jax.cli import main
 
 def test_eval_prints_and_writes_the_nano_tasks(tmp_path, capsys):
     out = tmp_path / "new" / "r.json"
-    assert main(["eval", "nano", "--task", "A", "Eng", "--limit", "50", "--failures", "1", "--failures-out", str(tmp_path / "f"), "--out", str(out)]) == 0
+    command = ["eval", "nano", "--task", "A", "Eng", "--limit", "50", "--failures", "1", "--failures-out", str(tmp_path / "f"), "--out", str(out)]
+    assert main(command) == 0
     text = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["tasks"]["A"]["total"] == 50 and found["tasks"]["Eng"]["passed"] == 50 and found["as"] == "trained"
