@@ -1,5 +1,6 @@
 """What `data inspect` shows: the counts of a run's data, and some documents token by token as training sees them."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ class Shown(NamedTuple):
     ids: tuple[int, ...]
     trained: bool
     special: bool
-    label: int | None = None  # where it is another token than the one that stands there
+    label: str | None = None  # what the model is trained to write here, where that is another token than the one that stands here
 
 
 class Sample(NamedTuple):
@@ -89,7 +90,7 @@ def shown_tokens(document: Encoded, tokenizer: Any) -> list[Shown]:
         text = decode(pending)
         if text.endswith("\ufffd") and len(pending) < MAX_CHARACTER_TOKENS and i + 1 < len(document.ids):
             continue
-        out.append(Shown(visible(text), tuple(pending), weight > 0 and i > 0, token in special_ids, label if label != token else None))
+        out.append(Shown(visible(text), tuple(pending), weight > 0 and i > 0, token in special_ids, decode([label]) if label != token else None))
         pending = []
     return out
 
@@ -99,12 +100,12 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: f"\\x{ord(match[0]):02x}" if ord(match[0]) < 256 else f"\\u{ord(match[0]):04x}", text)
 
 
+def text_with_label(token: Shown) -> str:
+    """The text of a token, and what the model is trained to write in its place."""
+    return token.text if token.label is None else f"{token.text} (learns {token.label})"
+
+
 def runs(tokens: Sequence[Shown]) -> list[tuple[str, bool]]:
     """(text, trained) of the longest stretches of tokens that are all trained, or all not."""
-    out: list[tuple[str, bool]] = []
-    for token in tokens:
-        if out and out[-1][1] == token.trained:
-            out[-1] = (out[-1][0] + token.text, token.trained)
-        else:
-            out.append((token.text, token.trained))
-    return out
+    stretches = itertools.groupby(tokens, lambda token: token.trained)
+    return [("".join(map(text_with_label, stretch)), trained) for trained, stretch in stretches]

@@ -89,7 +89,7 @@ def _sample(sample: Sample) -> str:
 
 def _span(token: Shown, out: bool) -> str:
     names = [name for name, holds in (("on", token.trained), ("special", token.special), ("out", out)) if holds]
-    label = "" if token.label is None else f", trained to produce {token.label}"
+    label = "" if token.label is None else escape(f", learns {token.label}")
     title = " ".join(map(str, token.ids)) + label + (", does not fit into the row" if out else "")
     marks = ' class="' + " ".join(names) + '"' if names else ""
     return f'<span{marks} title="{title}">{escape(token.text)}</span>'

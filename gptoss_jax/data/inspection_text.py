@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.text import Text
 
-from gptoss_jax.data.inspection import InspectedSet, Inspection, Sample, runs
+from gptoss_jax.data.inspection import InspectedSet, Inspection, Sample, runs, text_with_label
 from gptoss_jax.data.sources import SHOWN_PROBLEMS
 
 BAR = 40
@@ -53,7 +53,7 @@ def print_sample(title: str, sample: Sample, console: Console) -> None:
 def _colour(tokens) -> Text:
     text = Text()
     for token in tokens:
-        text.append(token.text, "bold green" if token.trained else "dim cyan" if token.special else "")
+        text.append(text_with_label(token), "bold green" if token.trained else "dim cyan" if token.special else "")
     return text
 
 

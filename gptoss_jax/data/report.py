@@ -33,7 +33,7 @@ class SourceReport:
         layouts = ", ".join(self.layouts) if len(self.layouts) < 2 else ", ".join(f"{name}: {n:,}" for name, n in self.layouts.items())
         text = f"{self.path}: {self.num_rows:,} conversations ({layouts or 'none'}), {self.per_epoch:,} of them in an epoch"
         text += f" (weight {self.weight:g})" if self.weight != 1 else ""
-        text += f", {self.num_without_thinking:,} without thinking" if self.num_without_thinking else ""
+        text += f", {self.num_without_thinking:,} without thinking in the last answer" if self.num_without_thinking else ""
         return text + (f", {self.num_bad:,} BAD ROWS LEFT OUT" if self.num_bad else "")
 
 

@@ -62,6 +62,14 @@ def test_inspect_colours_trained_tokens_on_a_terminal_unless_told_not_to(file, c
     assert "[[<|channel|>" in out and "\x1b[1;32m" not in out
 
 
+def test_inspect_says_where_the_model_learns_another_token_than_the_one_in_its_context(tmp_path, capsys):
+    turns = [{"role": role, "content": text} for text in "abcd" for role in ("user", "assistant")]
+    assert main(["data", "inspect", write(tmp_path / "d.jsonl", [{"messages": turns}])]) == 0
+    out = capsys.readouterr().out
+    assert out.count("a<|end|> (learns <|return|>)]]<|start|>user") == 1 and out.count("(learns") == 3
+    assert "[[<|channel|>final<|message|>d<|return|>]]" in out
+
+
 def test_inspect_prints_json(file, capsys):
     assert main(["data", "inspect", file, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,13 +1,13 @@
 """Every kind of file, directory and hub name gives its rows in order, each with its place; what cannot be read gets one clear line."""
 
 import json
+import random
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gptoss_jax.data import Source, load_rows
-from gptoss_jax.data import files as files_module
+from gptoss_jax.data import Source, json_rows, load_rows
 from gptoss_jax.data.files import read
 from gptoss_jax.errors import CorruptError, UsageError
 
@@ -71,7 +71,7 @@ def test_a_line_of_10_mb_is_read_and_one_without_end_is_not(tmp_path, monkeypatc
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in (ROW, long, ROW)))
     assert load_rows(path).rows == [ROW, long, ROW]
-    monkeypatch.setattr(files_module, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 1 << 20)
     loaded = load_rows(path, skip_bad_rows=True)
     assert loaded.rows == [ROW, ROW] and loaded.problems == [f"{path}:2: the line is longer than 1 MiB"]
 
@@ -131,6 +131,50 @@ def test_a_hub_name_without_network_gets_one_line_that_says_how(monkeypatch):
 def test_a_path_that_is_no_hub_name_is_no_such_file(path):
     with pytest.raises(UsageError, match="no such file or directory"):
         read(path)
+
+
+def test_text_of_a_parquet_row_that_is_no_utf8_is_named_and_the_others_are_read(tmp_path):
+    parquet(tmp_path / "d.parquet", *(row(i) for i in range(3)))
+    table = pyarrow.parquet.read_table(tmp_path / "d.parquet")
+    broken = pa.array([b"ok", b"\xff", b"ok"]).view(pa.string())
+    pyarrow.parquet.write_table(table.append_column("note", broken), tmp_path / "d.parquet")
+    loaded = load_rows(tmp_path / "d.parquet", skip_bad_rows=True)
+    assert [r["i"] for r in loaded.rows] == [0, 2]
+    assert loaded.problems == [f"{tmp_path}/d.parquet: row 2: not UTF-8 at byte 0 of a text"]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_a_file_that_may_not_be_read_gets_one_line(tmp_path, monkeypatch, name):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).write_text("[]")
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(UsageError, match=rf"{name} cannot be read \(Permission denied\)"):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
+def test_damaged_files_end_in_named_errors(tmp_path, name):
+    """Bytes changed, cut and repeated at random: rows, bad rows, or one of our errors, never anything else."""
+    path = tmp_path / name
+    good = [{**row(i), "text": "é\n\\"} for i in range(20)]
+    if name == "d.parquet":
+        parquet(path, *good)
+    else:
+        path.write_text("\n".join(map(json.dumps, good)) if name == "d.jsonl" else json.dumps(good, indent=1))
+    data, rng = path.read_bytes(), random.Random(0)
+    outcomes = set()
+    for _ in range(150):
+        at, n = rng.randrange(len(data)), rng.randrange(1, 30)
+        damage = rng.choice([bytes(rng.randrange(256) for _ in range(n)), b"", data[at : at + n] * 2, b"{", b"]", b'"'])
+        path.write_bytes(data[:at] + damage + data[at + n :])
+        try:
+            outcomes.add(bool(load_rows(path, skip_bad_rows=True).problems))
+        except (CorruptError, UsageError) as error:
+            assert "d." in str(error)
+            outcomes.add("refused")
+    assert len(outcomes) > 1
 
 
 def test_limit_takes_the_first_rows(tmp_path):
