@@ -53,7 +53,7 @@ def value_differences(source: SourceCheckpoint, against: SourceCheckpoint | Para
         return
     for piece in all_pieces(source.config):
         count, worst = 0, 0.0
-        for ranges in row_groups(piece):
+        for ranges in _row_groups(piece):
             try:
                 found, expected = _values(source, piece, ranges), _expected(source, against, piece, ranges, fmt)
             except CorruptError as error:
@@ -85,7 +85,7 @@ def _values(source: SourceCheckpoint, piece: Piece, ranges) -> np.ndarray:
     return np.asarray(found.decode(BF16)) if isinstance(found, EncodedSlice) else found
 
 
-def row_groups(piece: Piece) -> Iterator[tuple[slice, ...]]:
+def _row_groups(piece: Piece) -> Iterator[tuple[slice, ...]]:
     """The piece cut along its first dim (experts, rows) to groups of `PIECE_BYTES` in bfloat16."""
     rest = tuple(slice(0, size) for size in piece.shape[1:])
     step = max(1, PIECE_BYTES // (2 * int(np.prod(piece.shape[1:]))))

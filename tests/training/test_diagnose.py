@@ -49,7 +49,7 @@ def models(tmp_path_factory, tiny_config):
 def test_rounding_undoes_what_stays_within_half_a_step_of_the_grid(models):
     directory, base, export = models
     change = total(weight_changes(export("tiny", moved(base, 1e-3)), directory, FMT).values())
-    # smallest codes are a large part of a normal weight's range: next to nothing crosses a border
+    # next to nothing crosses a border between codes
     assert change.codes_changed < 0.01
     assert change.pull_back > 0.9 and change.error_ratio == pytest.approx(1, abs=0.1) and change.kept < 0.15
 
@@ -84,6 +84,14 @@ def test_an_untouched_model_has_nothing_to_lose(models):
     directory, _, _ = models
     change = total(weight_changes(directory, directory, FMT).values())
     assert change.to_dict() == {"codes_changed": 0.0, "pull_back": 0.0, "error_ratio": 0.0, "kept": 1.0}
+
+
+def test_a_part_of_the_experts_stands_for_all(models):
+    directory, base, export = models
+    sft = export("part", moved(base, 0.2, seed=5))
+    every, half = (total(weight_changes(sft, directory, FMT, experts).values()) for experts in (8, 4))
+    assert (every.weights, half.weights) == (3 * 8 * (128 * 96 + 96 * 64), 3 * 4 * (128 * 96 + 96 * 64))
+    assert half.to_dict() == pytest.approx(every.to_dict(), rel=0.05) and half != every
 
 
 def test_models_of_different_shape_are_refused(models):

@@ -11,11 +11,13 @@ With w an expert weight of the fine-tuned model, b the same weight of its base a
 
 A base that lies on the format's grid, as the releases do, has b = Q(b); where fine-tuning moves a weight by less than half a grid step, rounding puts
 it back: error = -delta. It is this direction of the error that does harm; on a model of 2 M parameters errors of the same size with random signs cost
-nothing. Weights are read, rounded and summed in pieces of at most 128 MiB; of a training checkpoint the masters are in memory.
+nothing. Weights are read, rounded and summed expert by expert; of a training checkpoint the masters are in memory. On 2 CPU cores that takes 8.5 ns
+per weight (measured on [4, 5760, 2880] in bfloat16), for all 19.1e9 expert weights of gpt-oss-20b 162 s, so at most `MAX_EXPERTS` of each matrix are
+looked at: shares over millions of weights need no more.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.checkpoint import orbax_store
-from gptoss_jax.checkpoint.compare import row_groups
 from gptoss_jax.checkpoint.hf_layout import Piece, all_pieces
 from gptoss_jax.checkpoint.models import load_model
 from gptoss_jax.checkpoint.source import EncodedSlice, open_checkpoint
@@ -33,6 +34,7 @@ from gptoss_jax.formats import Format
 from gptoss_jax.model import GptOssConfig
 
 Read = Callable[[Piece, tuple[slice, ...]], Any]
+MAX_EXPERTS = 16
 Changes = Mapping[tuple[int, str], "Change"]
 
 
@@ -74,8 +76,8 @@ def total(changes: Iterable[Change]) -> Change:
     return sum(rest, first)
 
 
-def weight_changes(sft: str | Path, base: str | Path, fmt: Format) -> dict[tuple[int, str], Change]:
-    """(layer, projection) -> what fine-tuning and rounding did to it.
+def weight_changes(sft: str | Path, base: str | Path, fmt: Format, max_experts: int = MAX_EXPERTS) -> dict[tuple[int, str], Change]:
+    """(layer, projection) -> what fine-tuning and rounding did to it, seen on at most `max_experts` experts, spread evenly.
 
     Raises:
       UsageError: the two are no models of one shape.
@@ -87,9 +89,17 @@ def weight_changes(sft: str | Path, base: str | Path, fmt: Format) -> dict[tuple
     changes = {}
     for piece in all_pieces(config):
         if piece.row.matrix:
-            parts = [_change(read(piece, ranges), read_base(piece, ranges), fmt) for ranges in row_groups(piece)]
-            changes[piece.layer, piece.row.path.rpartition(".")[2]] = sum(parts[1:], parts[0])
+            parts = [_change(read(piece, ranges), read_base(piece, ranges), fmt) for ranges in _single_experts(piece, max_experts)]
+            changes[piece.layer, piece.row.path.rpartition(".")[2]] = total(parts)
     return changes
+
+
+def _single_experts(piece: Piece, limit: int) -> Iterator[tuple[slice, ...]]:
+    """Ranges of one expert each: all of them, or `limit` spread evenly."""
+    experts, rows, width = piece.shape
+    for i in range(min(experts, limit)):
+        expert = i * experts // min(experts, limit)
+        yield slice(expert, expert + 1), slice(0, rows), slice(0, width)
 
 
 def _open(path: str | Path) -> tuple[GptOssConfig, Read]:

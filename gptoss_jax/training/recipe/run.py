@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from gptoss_jax.checkpoint.models import load_model
@@ -43,6 +44,8 @@ class Recipe:
     """
 
     def __init__(self, config: RecipeConfig, say: Say = print):
+        if jax.process_count() > 1:
+            raise UsageError("a recipe runs in one process, because exports do: run sft, qat, export and eval one by one")
         self.config, self.say, self.root = config, say, Path(config.output)
         self.dtype = jnp.dtype(config.sft.compute_dtype)
         model_config, directory = look_at(config.model)
