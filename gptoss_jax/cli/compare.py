@@ -14,6 +14,7 @@ def compare(
     b: Annotated[str | None, tyro.conf.Positional] = None,
     endpoint: str | None = None,
     model: str | None = None,
+    timeout: float = 300.0,
     other: tuple[str, ...] = (),
     as_a: Numerics = "trained",
     as_b: Numerics = "trained",
@@ -37,6 +38,7 @@ def compare(
         b: another one, of any kind.
         endpoint: URL of an OpenAI-compatible server instead of B; key from the environment variable GPTOSS_JAX_API_KEY.
         model: its name there, if several are served.
+        timeout: seconds to wait for one answer of it.
         other: checkpoints that must not be the served one (the base, say); it has to be nearer to A than to these.
         as-a: numerics of A's experts: as trained, never quantized (bf16), or as if quantized after training (mxfp4, nvfp4).
         as-b: numerics of B's experts.
@@ -63,7 +65,8 @@ def compare(
         result = _two_models(a, b, as_a, as_b, dtype, tasks, rows, max_kl, min_top1)
     else:
         limits = {key: value for key, value in (("max_kl", max_kl), ("min_top1", min_top1)) if value is not None}
-        result = _served(a, as_a, dtype, endpoint, model, other, tasks, rows, dict(count=places, top=top, **limits), with_tasks=data is None)
+        server = dict(model=model, timeout=timeout)
+        result = _served(a, as_a, dtype, endpoint, server, other, tasks, rows, dict(count=places, top=top, **limits), with_tasks=data is None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(settings | result, indent=1) + "\n")
@@ -122,14 +125,14 @@ def _two_models(a, b, as_a, as_b, dtype, tasks, rows, max_kl, min_top1) -> dict[
     return {**found, **verdict}
 
 
-def _served(a, as_a, dtype, url, model, others, tasks, rows, settings, *, with_tasks: bool) -> dict[str, Any]:
+def _served(a, as_a, dtype, url, server, others, tasks, rows, settings, *, with_tasks: bool) -> dict[str, Any]:
     from gptoss_jax.cli.evaluate import local_subject, progress_bar
     from gptoss_jax.evaluation.endpoint import Endpoint
     from gptoss_jax.evaluation.served import compare_served
 
     answered, system = _with_answers(tasks, rows)
     subject = local_subject(a, as_a, dtype)
-    endpoint = Endpoint(url, subject.tokenizer, model=model)
+    endpoint = Endpoint(url, subject.tokenizer, **server)
     print(endpoint.describe())
     with progress_bar() as bar:
         with bar("distributions", settings["count"]) as report:

@@ -20,6 +20,7 @@ def evaluate(
     dtype: Literal["float32", "bfloat16"] = "float32",
     endpoint: str | None = None,
     model: str | None = None,
+    timeout: float = 300.0,
     limit: int | None = None,
     failures: int = 3,
     failures_out: Path | None = None,
@@ -40,6 +41,7 @@ def evaluate(
         dtype: of weights and activations.
         endpoint: URL of an OpenAI-compatible server that is asked instead; key from the environment variable GPTOSS_JAX_API_KEY.
         model: its name there, if several are served.
+        timeout: seconds to wait for one answer of it.
         limit: at most so many rows of each task.
         failures: failing samples to show per task.
         failures_out: directory for all failing samples, TASK.jsonl.
@@ -55,7 +57,7 @@ def evaluate(
     if limit is not None:
         tasks = [replace_limit(one, limit) for one in tasks]
     questions = {one.name: one.rows() for one in tasks}  # before the model: what is wrong with them is said at once
-    subject = served_subject(checkpoint, endpoint, model) if endpoint else local_subject(checkpoint, as_, dtype)
+    subject = served_subject(checkpoint, endpoint, model, timeout) if endpoint else local_subject(checkpoint, as_, dtype)
     results = []
     with progress_bar() as bar:
         for one in tasks:
@@ -121,13 +123,13 @@ def local_subject(checkpoint: str, numerics: str, dtype: str) -> Any:
     return LocalSubject(load_model(checkpoint, jnp.dtype(dtype)), dtype=jnp.dtype(dtype), numerics=numerics)
 
 
-def served_subject(checkpoint: str, url: str, model: str | None) -> Any:
+def served_subject(checkpoint: str, url: str, model: str | None, timeout: float) -> Any:
     """The model that a server has, with the tokenizer of a checkpoint."""
     from gptoss_jax.data import load_tokenizer
     from gptoss_jax.evaluation.endpoint import Endpoint
     from gptoss_jax.training.stage import look_at
 
-    endpoint = Endpoint(url, load_tokenizer(look_at(checkpoint)[1]), model=model)
+    endpoint = Endpoint(url, load_tokenizer(look_at(checkpoint)[1]), model=model, timeout=timeout)
     print(endpoint.describe())
     return endpoint
 

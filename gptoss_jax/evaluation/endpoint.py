@@ -65,6 +65,8 @@ class Endpoint:
     def __init__(
         self, url: str, tokenizer: Any, *, model: str | None = None, timeout: float = 300.0, retries: int = 4, concurrency: int = 8
     ):
+        if timeout <= 0 or concurrency < 1:
+            raise UsageError(f"timeout = {timeout:g} must be above 0 and concurrency = {concurrency} at least 1")
         self.url = _base(url)
         self.tokenizer, self.timeout, self.concurrency = tokenizer, timeout, concurrency
         self._session = requests.Session()
