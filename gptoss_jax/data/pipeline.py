@@ -150,6 +150,7 @@ class Selected(NamedTuple):
 
     corpus: Corpus
     conversations: np.ndarray  # int64, with repeats
+    weighted: bool = True  # by the weights of the sources; a held-out share is not
 
     @property
     def documents(self) -> Documents:
@@ -172,7 +173,7 @@ def training_and_held_out(corpus: Corpus, held_out: Corpus | None, fraction: flo
         raise UsageError("the weights of data.train leave no conversation in an epoch")
     if held_out is not None:
         return training, Selected(held_out, _mixed(held_out, np.arange(len(held_out.source_of)), seed))
-    return training, None if rest is None else Selected(corpus, rest)
+    return training, None if rest is None else Selected(corpus, rest, weighted=False)
 
 
 def _mixed(corpus: Corpus, rows: np.ndarray, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_jax.data.documents import Documents
 from gptoss_jax.data.packing import best_fit
-from gptoss_jax.data.pipeline import Pipeline, Selected
+from gptoss_jax.data.pipeline import Pipeline, Selected, SourceCount
 
 CHANNELS = ("analysis", "commentary", "final")
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -31,7 +31,7 @@ class SourceReport:
 
     def describe(self) -> str:
         layouts = ", ".join(self.layouts) if len(self.layouts) < 2 else ", ".join(f"{name}: {n:,}" for name, n in self.layouts.items())
-        text = f"{self.path}: {self.num_rows:,} conversations ({layouts or 'none'}), {self.per_epoch:,} of them in an epoch"
+        text = f"{self.path}: {self.num_rows:,} conversations ({layouts or 'none'}), {self.per_epoch:,} in one pass over this set"
         text += f" (weight {self.weight:g})" if self.weight != 1 else ""
         text += f", {self.num_without_thinking:,} without thinking in the last answer" if self.num_without_thinking else ""
         return text + (f", {self.num_bad:,} BAD ROWS LEFT OUT" if self.num_bad else "")
@@ -111,10 +111,7 @@ def report(name: str, selected: Selected, pipeline: Pipeline) -> SetReport:
     per_epoch = np.bincount(corpus.source_of[selected.conversations], minlength=len(corpus.counts))
     return SetReport(
         name=name,
-        sources=tuple(
-            SourceReport(str(c.source), dict(c.layouts), c.num_rows, len(c.problems), c.num_without_thinking, c.source.weight, int(n))
-            for c, n in zip(corpus.counts, per_epoch)
-        ),
+        sources=tuple(_source_report(count, int(n), selected.weighted) for count, n in zip(corpus.counts, per_epoch)),
         conversations=len(selected.conversations),
         documents=len(order),
         tokens=int(inside.sum()),
@@ -131,6 +128,18 @@ def report(name: str, selected: Selected, pipeline: Pipeline) -> SetReport:
         num_untrained=int((within == 0).sum()),
         num_empty=int((corpus.span.count[selected.conversations] == 0).sum()),
         num_duplicates=len(filled) - len(np.unique(corpus.hash_of[filled])),
+    )
+
+
+def _source_report(count: SourceCount, per_epoch: int, weighted: bool) -> SourceReport:
+    return SourceReport(
+        path=str(count.source),
+        layouts=dict(count.layouts),
+        num_rows=count.num_rows,
+        num_bad=len(count.problems),
+        num_without_thinking=count.num_without_thinking,
+        weight=count.source.weight if weighted else 1.0,
+        per_epoch=per_epoch,
     )
 
 

@@ -125,6 +125,7 @@ def test_a_mixture_has_its_weights_and_held_out_conversations_are_in_no_epoch(to
     left = np.bincount(training.corpus.source_of[np.setdiff1d(np.arange(50), evaluation.conversations)])
     counts = report("train", training, pipeline)
     assert [s.per_epoch for s in counts.sources] == [2 * left[0], round(0.5 * left[1])] and "(weight 2)" in counts.describe()[2]
+    assert "(weight" not in "".join(report("eval", evaluation, pipeline).describe())
     again, _ = training_and_held_out(pipeline.tokenize(sources), None, 0.1, 42)
     assert np.array_equal(training.conversations, again.conversations)
     assert shared_warning(training, evaluation) == []
