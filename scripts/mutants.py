@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = "tests/model/test_transformers_parity.py -k module_matches"
+DIAGNOSE = "tests/training/test_diagnose.py"
+GATE = "tests/training/recipe/test_gate.py"
 EXAMPLES = "tests/data/test_examples.py --deselect tests/data/test_examples.py::test_loss_of_shared_documents_is_that_of_one_document_for_each_turn"
 CODEC = "tests/formats/test_mxfp4.py"
 DECODE = "tests/ops/test_decode_attention.py"
@@ -93,6 +95,11 @@ MUTANTS = (
     Mutant("labels_taken_from_ids", "gptoss_jax/data/documents.py", "labels = ids if same else", "labels = ids if True else", "tests/data/test_pipeline.py"),
     Mutant("system_text_lost", "gptoss_jax/data/columns.py", '"system", "content": _text(row, system)}] if', '"system", "content": _text(row, system)}][:0] if',
            "tests/data/test_columns.py"),
+    Mutant("layer_stays_rounded", "gptoss_jax/training/diagnose/gap.py", "_put(params, piece, leaf)", "_put(params, piece, _round(leaf, fmt))", DIAGNOSE),
+    Mutant("pull_back_forward", "gptoss_jax/training/diagnose/weights.py", "-jnp.sum(error * delta)", "jnp.sum(error * delta)", DIAGNOSE),
+    Mutant("gate_passes_nan", "gptoss_jax/training/recipe/gate.py", "measured.kl <= gate.max_kl", "not measured.kl > gate.max_kl", GATE),
+    Mutant("rejected_stays_exported", "gptoss_jax/training/recipe/run.py", "os.rename(export, rejected)", "shutil.copytree(export, rejected)", GATE),
+    Mutant("drop_against_itself", "gptoss_jax/training/recipe/gate.py", "reference.rate(task) - measured.rate(task)", "0 * measured.rate(task)", GATE),
 )  # fmt: skip
 
 

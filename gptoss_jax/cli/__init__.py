@@ -12,6 +12,7 @@ from gptoss_jax.cli.host_memory import restart_with_huge_pages
 COMMANDS = {
     "demo": ("recipe", "demo", "the whole recipe on the small model that comes along: SFT, QAT, export, verify, pass rates", "demo"),
     "recipe": ("recipe", "recipe", "the recipe of one YAML file, over several seeds, with all comparison rows", "recipe configs/nano_recipe.yaml"),
+    "diagnose": ("diagnose", "diagnose", "does a fine-tuned model need QAT, or is rounding it enough?", "diagnose runs/sft"),
     "sft": ("train", "sft", "supervised fine-tuning in BF16", "sft --config configs/sft_20b.yaml optimizer.learning_rate=1e-5"),
     "qat": ("train", "qat", "quantization-aware training: the same through fake quantization", "qat --config configs/qat_mxfp4_20b.yaml"),
     "import": ("convert", "import_", "safetensors checkpoint -> training checkpoint (Orbax)", "import openai/gpt-oss-20b runs/base"),
@@ -25,7 +26,8 @@ COMMANDS = {
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
-COMPUTING = ("demo", "recipe", "sft", "qat", "eval", "compare", "generate", "chat")  # run long enough to gain from memory in large pages
+# run long enough to gain from memory in large pages
+COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval", "compare", "generate", "chat", "import", "export", "logits")
 
 
 def overview() -> str:

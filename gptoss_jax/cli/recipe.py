@@ -1,10 +1,9 @@
 """`gptoss-jax demo` and `recipe`: the table of pass rates."""
 
 import json
-import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -18,97 +17,98 @@ def demo(output: Path | None = None, seed: int = 0) -> None:
         output: directory of the run; default a new one under runs/.
         seed: of data order and of the training conversations.
     """
-    from gptoss_jax.training.recipe import DEMO_ROWS
+    from gptoss_jax.training.recipe.config import load_recipe
+    from gptoss_jax.training.recipe.rows import DEMO_ROWS
 
     output = output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     start = time.monotonic()
-    config = _load(None, output).model_copy(update={"rows": DEMO_ROWS, "seeds": (seed,)})
-    measured = _run(config)
+    config = load_recipe(_nano_recipe(), output=output).model_copy(update={"rows": DEMO_ROWS, "seeds": (seed,)})
+    _run(config)
     print(f"\nlive, seed {seed}, {time.monotonic() - start:.0f} s; files in {output}")
-    _print_table(measured)
+    _report(output)
+    print("Unlike NVIDIA's, B loses nothing to rounding here: its answers are learned with a wide margin; A shows the loss and the recovery.")
     _print_recorded()
 
 
 def recipe(
     config: Annotated[Path | None, tyro.conf.Positional] = None,
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
     output: Path | None = None,
+    report: Path | None = None,
 ) -> None:
-    """Runs all rows and seeds of a recipe file; goes on where an interrupted run stopped.
+    """Runs all rows, variants and seeds of a recipe file, or goes on where an interrupted run stopped, and writes table, summary, picture and report.
+
+    Where the file has a gate, exports that break it are moved to rejected/ and the exit code is 1.
 
     Args:
         config: YAML file; default the nano recipe.
+        overrides: settings over those of the file, as data.train=mine.jsonl sft.optimizer.learning_rate=1e-5.
         output: directory of the run, over the one in the file.
+        report: directory of a finished or interrupted run: only make its table and report again from results.json.
     """
-    recipe_config = _load(config, output)
-    measured = _run(recipe_config)
-    print(f"\n{len(recipe_config.seeds)} seeds; {recipe_config.evaluation} evaluation set; {recipe_config.output}/results.json")
-    _print_table(measured)
+    from gptoss_jax.training.recipe.config import load_recipe
+
+    if config is not None and "=" in config.name:
+        config, overrides = None, (str(config), *overrides)
+    if report is None:
+        recipe_config = load_recipe(config or _nano_recipe(), overrides, output)
+        report = Path(recipe_config.output)
+        _run(recipe_config)
+    _report(report)
 
 
-def _load(path: Path | None, output: Path | None):
-    """The recipe of a file; the nano recipe comes with the package."""
-    from pydantic import ValidationError
-
+def _nano_recipe() -> Path:
+    """The recipe that comes with the package."""
     import gptoss_jax
-    from gptoss_jax.errors import UsageError
-    from gptoss_jax.training.recipe import RecipeConfig
-    from gptoss_jax.training.yaml_config import read_yaml
 
-    if path is None:
-        package = Path(gptoss_jax.__file__).parent
-        path = next(p for p in (package / "configs", package.parent / "configs") if p.is_dir()) / "nano_recipe.yaml"
-    values = read_yaml(path) | ({"output": str(output)} if output else {})
+    package = Path(gptoss_jax.__file__).parent
+    return next(p for p in (package / "configs", package.parent / "configs") if p.is_dir()) / "nano_recipe.yaml"
+
+
+def _run(config) -> None:
+    """Runs the recipe; where its gate fails, the table is shown all the same."""
+    from gptoss_jax.training.recipe.gate import GateFailed
+    from gptoss_jax.training.recipe.run import Recipe
+
     try:
-        return RecipeConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        Recipe(config).run()
+    except GateFailed:
+        _report(Path(config.output))
+        raise
 
 
-def _run(config) -> list[Any]:
-    from gptoss_jax.training.recipe import Recipe
+def _report(directory: Path) -> None:
+    """Writes the report and prints its table."""
+    from gptoss_jax.training.recipe.report import REPORT, write_report
 
-    return Recipe(config).run()
+    results, remarks = write_report(directory)
+    print()
+    _print_table(results)
+    print(f"report: {directory / REPORT}")
+    for remark in remarks:
+        print(remark)
 
 
-def _print_table(measured: list[Any]) -> None:
-    """One line per row: pass rates as mean over seeds, with the interval of a single seed, or the range over several."""
+def _print_table(results) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    from gptoss_jax.training.recipe import ROWS
+    from gptoss_jax.training.recipe.table import make_table, to_rich
 
-    table = Table(title=None, pad_edge=False)
-    for column in ("", "A language", "B answered", "H refused", "English kept", "loss", "NVIDIA 20b"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in dict.fromkeys(m.row for m in measured):
-        seeds = [m for m in measured if m.row == name]
-        cells = [_cell(seeds, task) for task in ("A", "B", "H", "Eng")]
-        losses = [m.loss for m in seeds]
-        loss = f"{statistics.mean(losses):.4f}" + (f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else "")
-        table.add_row(ROWS[name].label, *cells, loss, ROWS[name].nvidia)
-    Console(width=150).print(table)
-    print("pass rates in % (95 % interval; over several seeds: mean and range). A: answer in the language asked for; B: harmless request answered;")
-    print("H: harmful request still refused; English kept: default answer unchanged. NVIDIA: multilingual / over-refusal of gpt-oss-20b.")
-    print("Unlike there, B loses nothing to rounding here: its answers are learned with a wide margin; A shows the loss and the recovery.")
-
-
-def _cell(seeds: list[Any], task: str) -> str:
-    rates = [100 * m.rate(task) for m in seeds]
-    if len(rates) == 1:
-        _, _, low, high = seeds[0].pass_rates[task]
-        return f"{rates[0]:.1f} [{100 * low:.0f}-{100 * high:.0f}]"
-    return f"{statistics.mean(rates):.1f} [{min(rates):.1f}-{max(rates):.1f}]"
+    table = make_table(results)
+    console = Console(width=150, soft_wrap=False, highlight=False)
+    console.print(to_rich(table))
+    console.print(table.legend, markup=False)
 
 
 def _print_recorded() -> None:
     """The committed result of the full recipe, told apart from live rows by its title."""
     from gptoss_jax.checkpoint.source import NANO
-    from gptoss_jax.training.recipe import Measured
+    from gptoss_jax.training.recipe.results import Results
 
     file = NANO / "recorded.json"
     if not file.is_file():
         return
     record = json.loads(file.read_text())
     print(f"\nrecorded {record['date']} at commit {record['commit']}: {record['command']}")
-    _print_table([Measured.model_validate(entry) for entry in record["results"]])
+    _print_table(Results.model_validate({name: record[name] for name in ("tasks", "results")}))

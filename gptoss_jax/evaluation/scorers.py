@@ -163,7 +163,8 @@ def _last_number(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Language:
-    """A channel is written in the language `expect`: a column whose value names it, or a name or code itself.
+    """A channel is written in the language `expect`: a column whose value names it, a name or code itself, or "reference": that of the reference's
+    text in this channel.
 
     `candidates` restricts the choice, which makes short texts surer: name the languages that may occur.
     """
@@ -178,9 +179,17 @@ class Language:
     def __call__(self, row, answer):
         if missing := _missing(answer, self.channel):
             return missing
-        wanted = code_of(str(row.get(self.expect, self.expect)))
+        wanted = self._wanted(row)
         found, probability = identify(_text(answer, self.channel), (*self.candidates, wanted) if self.candidates else ())
         return Verdict(found == wanted, "" if found == wanted else f"{self.channel} is {found} ({probability:.0%}), not {wanted}")
+
+    def _wanted(self, row) -> str:
+        if self.expect != "reference":
+            return code_of(str(row.get(self.expect, self.expect)))
+        expected = reference_of(row) if self.channel == "final" else row["messages"][-1].get("thinking")
+        if not expected:
+            raise RunError(f"the reference of {row['messages'][-2]['content'][:60]!r} has no {self.channel} channel")
+        return identify(expected, self.candidates)[0]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return read_mapping(Path(path))[0]
 
 
-def _override(text: str) -> dict[str, Any]:
+def parse_override(text: str) -> dict[str, Any]:
     """`optimizer.learning_rate=1e-4` as nested values."""
     path, sign, value = text.partition("=")
     keys = path.strip().split(".")
@@ -40,7 +40,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     """
     values, lines = read_mapping(Path(path)) if path is not None else ({}, {})
     for text in overrides:
-        values = merge(values, _override(text))
+        values = merge(values, parse_override(text))
         # a bad key is looked for in the file first; one that an override brought in is not there
         lines = {key: line for key, line in lines.items() if ".".join(map(str, key)) != text.partition("=")[0].strip()}
     return parse(values, str(path) if path is not None else "config", lines)

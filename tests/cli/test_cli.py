@@ -48,7 +48,7 @@ def test_overview_answers_at_once_and_imports_no_jax(args):
 
 
 def test_commands_are_the_published_ones():
-    expected = "demo recipe sft qat import export verify logits eval compare generate chat env data"
+    expected = "demo recipe sft qat import export verify logits eval compare generate chat env data diagnose"
     assert set(COMMANDS) == set(expected.split())
 
 
@@ -70,7 +70,11 @@ def test_every_command_has_help_that_explains_its_options(command, capsys):
         (["sft", "data.train=x", "output=y"], 2, "model is not set"),
         (["qat", "model=x"], 2, "no `quant`"),
         (["sft", "quant.format=mxfp4"], 2, "gptoss-jax qat"),
-        (["recipe", "configs/sft_20b.yaml"], 2, "configs/sft_20b.yaml"),
+        (["recipe", "configs/sft_20b.yaml"], 2, "configs/sft_20b.yaml: batch: unknown key"),
+        (["recipe", "seed=1"], 2, "unknown key; did you mean 'seeds'"),
+        (["recipe", "--report", "no/such/dir"], 2, "no results.json"),
+        (["diagnose", "no/such/dir"], 2, "no/such/dir"),
+        (["diagnose", "nano"], 2, "give --base"),
         (["eval", "no/such/dir/at/all"], 2, "no/such/dir"),
         (["logits", "nano", "--tokens", "missing.npy", "--out", "l.npy"], 2, "missing.npy"),
         (["verify", "no/such/dir"], 2, "no/such/dir"),
@@ -85,13 +89,17 @@ def test_bad_usage_gets_one_line_and_its_exit_code(args, code, message, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_parses(path):
-    from gptoss_jax.training.recipe import Recipe, RecipeConfig
-    from gptoss_jax.training.yaml_config import load_config, read_yaml
+    from gptoss_jax.strict_yaml import read_mapping
+    from gptoss_jax.training.recipe.config import load_recipe
+    from gptoss_jax.training.recipe.run import Recipe
+    from gptoss_jax.training.yaml_config import load_config
 
-    if "recipe" in path.name:
-        assert Recipe(RecipeConfig.model_validate(read_yaml(path) | {"output": "unused"})).config.seeds
-    else:
+    if "qat" not in read_mapping(path)[0]:
         assert load_config(path).model
+    elif load_recipe(path).model == "nano":
+        assert Recipe(load_recipe(path, output="unused")).evaluation.columns
+    else:
+        assert load_recipe(path).tasks
 
 
 def test_logits_of_an_unseen_directory_agree_with_transformers(tmp_path):

@@ -70,6 +70,17 @@ def test_language_of_a_channel_by_name_code_or_column():
     assert not check(row, answer(french)).passed, "no analysis at all"
 
 
+def test_language_of_the_reference_in_the_same_channel():
+    pytest.importorskip("py3langid", reason="the language check needs py3langid")
+    german, french = "Das ist eine sehr schöne Geschichte über unsere Katze.", "Je pense que nous devons répondre à cette question."
+    row = {"messages": [ROW["messages"][0], {"role": "assistant", "thinking": french, "content": german}]}
+    final, analysis = (make_scorer({"name": "language", "channel": channel, "expect": "reference"}) for channel in ("final", "analysis"))
+    assert final(row, answer(german, french)).passed and analysis(row, answer(german, french)).passed
+    assert not final(row, answer(french, german)).passed and not analysis(row, answer(french, german)).passed
+    with pytest.raises(RunError, match="has no analysis channel"):
+        analysis(ROW, answer(german, french))
+
+
 def test_a_reference_that_is_missing_is_said():
     with pytest.raises(RunError, match="no reference answer"):
         make_scorer("contains")({"messages": ROW["messages"][:1]}, answer("x"))
