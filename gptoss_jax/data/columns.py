@@ -110,7 +110,7 @@ LAYOUTS = (
     ),
     Layout("prompt/completion", ("prompt", "completion"), ("prompt", "completion", "system"), _prompt_completion),
     Layout("instruction/output", ("instruction", "output"), ("instruction", "input", "output", "system"), _instruction),
-    Layout("user/final", ("user", "final"), ("user", "final", "analysis", "developer", "reasoning_language"), _multilingual),
+    Layout("user/final", ("user", "final"), ("user", "final", "analysis", "developer"), _multilingual),
 )  # fmt: skip
 COT = Layout(
     "cot_response", ("prompt", "cot_response"), ("prompt", "instruct_response", "cot_response"),

@@ -113,3 +113,8 @@ def test_what_fits_no_layout_is_named(row, columns, reason):
 def test_a_source_refuses_what_means_nothing(values, reason):
     with pytest.raises(ValueError, match=reason):
         Source("x.jsonl", **values)
+
+
+def test_the_language_of_a_flat_row_stays_for_the_language_task():
+    row, _ = CASES["user/final"]
+    assert to_conversation(row)[1]["reasoning_language"] == "French"
