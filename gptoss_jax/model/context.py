@@ -2,17 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
-# expert_quant("gate_up_proj" | "down_proj", stored weight) -> (compute weight, the codes it was decoded from or None)
-ExpertQuant = Callable[[str, Array], tuple[Array, Any]]
+from gptoss_jax.quant import ExpertQuant
 
-
-def plain_cast(dtype) -> ExpertQuant:
-    """The cast to the compute dtype, without codes: SFT."""
-    return lambda projection, stored: (stored.astype(dtype), None)
+# `distribute(run_experts, capture)` runs the experts of a layer on a mesh: the same arguments and results, captured weights only on request
+Distribute = Callable[[Callable, bool], Callable]
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,7 @@ class Context:
     expert_quant: ExpertQuant
     capture: bool
     backend: str | None = None  # of attention and experts, see `gptoss_jax.ops.backend`
+    distribute: Distribute | None = None  # on a mesh; None is one device
 
     @property
     def real_BT(self) -> Bool[Array, "B T"]:

@@ -10,7 +10,8 @@ The router runs in float32, experts in the dtype of x with float32 accumulation.
 Legend: S tokens  D hidden  E experts  A experts per token  F expert hidden  U=2F gate/up interleaved
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from gptoss_jax.model.context import Context
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.experts import expert_mlp
 from gptoss_jax.ops.remat import product
+from gptoss_jax.quant import ExpertQuant, Gather
+from gptoss_jax.quant.gather import cast_and_gather
 
 
 class RouterStats(NamedTuple):
@@ -61,6 +64,42 @@ class Router(nnx.Module):
         return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
 
 
+class StoredExperts(NamedTuple):
+    """The parameters of the experts of a layer, or the shard of them that a device holds."""
+
+    gate_up_EUD: Float[Array, "E U D"]
+    gate_up_bias_EU: Float[Array, "E U"]
+    down_EDF: Float[Array, "E D F"]
+    down_bias_ED: Float[Array, "E D"]
+
+
+def run_experts(
+    x_BTD: Float[Array, "B T D"],
+    experts_BTA: Int[Array, "B T A"],
+    weights_BTA: Float[Array, "B T A"],
+    stored: StoredExperts,
+    *,
+    expert_quant: ExpertQuant,
+    limit: float,
+    backend: str | None,
+    gather: Gather | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, tuple[Array, Any]]]:
+    """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection.
+
+    Args:
+      gather: `stored` is a shard (inside a `jax.shard_map`), and is made whole over these mesh axes. `experts_BTA` counts the experts that are
+        whole then; their number stands for one that is elsewhere (see `group_rows`).
+    """
+    captured = {"gate_up_proj": expert_quant("gate_up_proj", stored.gate_up_EUD, gather), "down_proj": expert_quant("down_proj", stored.down_EDF, gather)}
+    whole = (lambda bias: cast_and_gather(bias, bias.dtype, gather)) if gather else lambda bias: bias
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    out_SD = expert_mlp(
+        flat(x_BTD), flat(experts_BTA), flat(weights_BTA), captured["gate_up_proj"][0], whole(stored.gate_up_bias_EU),
+        captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend,
+    )  # fmt: skip
+    return out_SD.reshape(x_BTD.shape), captured
+
+
 class Experts(nnx.Module):
     """All experts of a layer. `gate_up_proj` [E, U, D] and `down_proj` [E, D, F] are the weights that get quantized."""
 
@@ -73,16 +112,13 @@ class Experts(nnx.Module):
         self.down_proj = weight(rngs, (experts, hidden, width), ("expert", "expert_embed", "expert_mlp"), **make)
         self.down_proj_bias = weight(rngs, (experts, hidden), ("expert", "expert_embed"), init="zeros", **make)
 
-    def __call__(self, x_SD, experts_SA, weights_SA, context: Context) -> tuple[Float[Array, "S D"], dict]:
+    def __call__(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> tuple[Float[Array, "B T D"], dict]:
         """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
-        w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
-        w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
-        out_SD = expert_mlp(
-            x_SD, experts_SA, weights_SA, w_gate_up_EUD, self.gate_up_proj_bias[...], w_down_EDF, self.down_proj_bias[...], limit=self.limit,
-            backend=context.backend,
-        )
-        captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
-        return out_SD, captured
+        stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
+        run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
+        if context.distribute is not None:
+            run = context.distribute(run, context.capture)
+        return run(x_BTD, experts_BTA, weights_BTA, stored)
 
 
 class Moe(nnx.Module):
@@ -92,7 +128,7 @@ class Moe(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats, dict]:
-        x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        experts_SA, weights_SA, stats = product(self.router(x_SD, context.real_BT.reshape(-1)))
-        y_SD, captured = self.experts(x_SD, experts_SA, weights_SA, context)
-        return y_SD.reshape(x_BTD.shape), stats, captured
+        experts_SA, weights_SA, stats = product(self.router(x_BTD.reshape(-1, x_BTD.shape[-1]), context.real_BT.reshape(-1)))
+        rows = lambda x_SA: x_SA.reshape(*x_BTD.shape[:2], -1)
+        y_BTD, captured = self.experts(x_BTD, rows(experts_SA), rows(weights_SA), context)
+        return y_BTD, stats, captured

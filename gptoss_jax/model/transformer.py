@@ -19,13 +19,14 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.config import GptOssConfig
-from gptoss_jax.model.context import Context, ExpertQuant, plain_cast
+from gptoss_jax.model.context import Context, Distribute
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.moe import Moe, RouterStats
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
 from gptoss_jax.ops.embedding import embedding
 from gptoss_jax.ops.remat import Remat, product, rematerialize
+from gptoss_jax.quant import ExpertQuant, plain_cast
 
 Params = Mapping[str, Array]
 
@@ -136,6 +137,7 @@ def forward(
     remat: Remat = "none",
     capture: bool = False,
     backend: str | None = None,
+    distribute: Distribute | None = None,
 ) -> Output:
     """Runs the transformer up to the final norm.
 
@@ -147,6 +149,7 @@ def forward(
       remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
+      distribute: how experts run on a mesh (`gptoss_jax.sharding.expert_parallel`); None leaves their layout to the compiler.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -155,7 +158,7 @@ def forward(
     graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
     model = nnx.merge(graph, fill_state(state, dict(params)))
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
-    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend)
+    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend, distribute)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
     # scanned statistics come as one [repeats, ...] stack per position of the period: interleave to layer order, then the tail

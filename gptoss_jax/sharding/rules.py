@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig, abstract_params, logical_axes
 
-# Experts take the fsdp devices too: 32 and 128 experts divide by what 90 blocks do not.
+# Experts take the tensor and fsdp devices too: 32 and 128 experts divide by what 90 blocks do not.
 DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
     "layers": (),
     "norm": (),
     "router": (),
@@ -23,8 +25,8 @@ DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
-    "expert": ("expert", "fsdp"),
-    "expert_mlp": ("tensor",),
+    "expert": ("expert", "tensor", "fsdp"),
+    "expert_mlp": (),
     "expert_embed": (),
 }
 QUANT_BLOCK = 32
@@ -32,9 +34,15 @@ QUANT_BLOCK = 32
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """`table` maps every logical axis to the mesh axes that shard it, outermost first."""
+    """`table` maps every logical axis to the mesh axes that shard it, outermost first. Over `gathered` axes parameters are only stored in parts:
+    they are put together to compute with."""
 
     table: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_TABLE))
+    gathered: tuple[str, ...] = ("fsdp",)
+
+    def axes(self, logical: str, mesh: Mesh) -> tuple[str, ...]:
+        """Mesh axes of more than one device that cut a logical axis."""
+        return tuple(a for a in self.table.get(logical, ()) if mesh.shape.get(a, 1) > 1)
 
     def spec(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
         """Partition of one parameter.
@@ -46,7 +54,7 @@ class ShardingRules:
         for size, logical in zip(shape, axes, strict=True):
             if logical is not None and logical not in self.table:
                 raise UsageError(f"{name}: no sharding rule for logical axis {logical!r}; rules exist for {sorted(self.table)}")
-            mesh_axes = tuple(a for a in self.table.get(logical, ()) if a in mesh.shape and mesh.shape[a] > 1)
+            mesh_axes = self.axes(logical, mesh)
             if used & set(mesh_axes):
                 raise UsageError(f"{name}: mesh axes {sorted(used & set(mesh_axes))} would shard two dimensions of {axes}")
             used |= set(mesh_axes)
@@ -74,9 +82,9 @@ def param_shardings(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEF
     return {name: NamedSharding(mesh, rules.spec(name, leaf.shape, axes[name], mesh)) for name, leaf in abstract_params(config).items()}
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all data-parallel devices (`data`, `fsdp`, `expert`)."""
-    return NamedSharding(mesh, PartitionSpec(tuple(a for a in ("data", "fsdp", "expert") if a in mesh.shape)))
+def batch_sharding(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSharding:
+    """A batch [B, T]: rows over the data-parallel devices, their length over `context`."""
+    return NamedSharding(mesh, PartitionSpec(rules.axes("batch", mesh) or None, rules.axes("length", mesh) or None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,8 +23,9 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
-from gptoss_jax.model.context import ExpertQuant, plain_cast
+from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.quant import ExpertQuant, plain_cast
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
@@ -44,11 +45,12 @@ class TrainState(NamedTuple):
 
 
 class Shardings(NamedTuple):
-    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars."""
+    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars; and how the experts run there (None: as the compiler likes)."""
 
     params: Mapping[str, Sharding]
     batch: Sharding
     scalar: Sharding
+    distribute: Distribute | None = None
 
 
 class Captured(NamedTuple):
@@ -120,7 +122,9 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
     return {**params, **{name: weight for name, (weight, _) in made.items()}}, {name: codes for name, (_, codes) in made.items()}
 
 
-def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False) -> Callable:
+def make_loss(
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
+) -> Callable:
     """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
 
     With `cast_at: step` the experts in trained and frozen are compute weights already."""
@@ -132,7 +136,7 @@ def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuan
         params = {**trained, **frozen}
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
-            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels,
+            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
         )
         with jax.named_scope("loss"):
             nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
@@ -218,7 +222,7 @@ def make_train_step(
     When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
     """
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant)
+    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
 
     def train_step(state: TrainState, batch):
         (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
@@ -252,7 +256,10 @@ def make_eval_step(
     dtype = jnp.dtype(train.compute_dtype)
 
     def eval_step(params, batch):
-        out = forward(config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant)
+        out = forward(
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
+            distribute=shardings and shardings.distribute,
+        )  # fmt: skip
         nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
 
@@ -266,7 +273,7 @@ def make_capture_step(
     without the update, handing out the expert weights that it computed with (unless `weights` is False: they are half the model) and the codes
     those were decoded from."""
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant, capture=True)
+    loss = make_loss(config, train, expert_quant, capture=True, distribute=shardings and shardings.distribute)
 
     def capture_step(state: TrainState, batch):
         (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
