@@ -60,7 +60,7 @@ def test_loss_and_gradients_equal_one_device(setting, sizes, quant):
 
 
 def capture(config, params, batch, fmt, shardings=None):
-    train = parse({"compute_dtype": "bfloat16", "quant": {"format": fmt}})
+    train = parse({"steps": 3, "compute_dtype": "bfloat16", "quant": {"format": fmt}})
     step = make_capture_step(config, train, make_expert_quant(default_policy(fmt), jnp.bfloat16), shardings)
     state = init_state(config, train, params, shardings)
     return jax.device_get(step(state, jax.device_put(batch, shardings.batch) if shardings else batch))
@@ -85,7 +85,7 @@ def test_codes_travel_and_weights_do_not(setting):
     """In the compiled QAT step over fsdp, what is gathered of the experts is uint8: half a byte per weight and a scale per 32."""
     config, _, _ = setting
     shardings = layout(config, make_mesh(fsdp=8))
-    train = parse({"compute_dtype": "bfloat16", "quant": {"format": "mxfp4"}})
+    train = parse({"steps": 3, "compute_dtype": "bfloat16", "quant": {"format": "mxfp4"}})
     step = make_train_step(config, train, make_expert_quant(default_policy("mxfp4"), jnp.bfloat16), shardings)
     batch = jax.eval_shape(lambda: random_batch(config.vocab_size, rows=8, length=24))
     gathers = all_gathers(step.lower(abstract_state(config, train, shardings), batch).compile().as_text())
