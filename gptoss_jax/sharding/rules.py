@@ -14,18 +14,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig, abstract_params, logical_axes
 
-# Experts take the tensor and fsdp devices too: 32 and 128 experts divide by what 90 blocks do not.
+# Experts take the tensor, fsdp and context devices too: 32 and 128 experts divide by what 90 blocks do not. Rows of 131,072 tokens on the devices of
+# `context` would leave a whole model on each, so parameters are stored in parts over `context` as over `fsdp`.
 DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "layers": (),
     "norm": (),
     "router": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
-    "expert": ("expert", "tensor", "fsdp"),
+    "expert": ("expert", "tensor", "fsdp", "context"),
     "expert_mlp": (),
     "expert_embed": (),
 }
@@ -38,7 +39,7 @@ class ShardingRules:
     they are put together to compute with."""
 
     table: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_TABLE))
-    gathered: tuple[str, ...] = ("fsdp",)
+    gathered: tuple[str, ...] = ("fsdp", "context")
 
     def axes(self, logical: str, mesh: Mesh) -> tuple[str, ...]:
         """Mesh axes of more than one device that cut a logical axis."""

@@ -56,7 +56,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
     """Layout on the mesh of the config; None on one device."""
     if train.mesh.size == 1:
         return None
-    mesh = make_mesh(data=train.mesh.data, fsdp=train.mesh.fsdp)
+    mesh = make_mesh(**train.mesh.model_dump())
     return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh))
 
 
