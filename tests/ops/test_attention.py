@@ -88,7 +88,7 @@ class TestBackends:
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize(
-        "window,first_key,start,count", [(None, 0, 0, 13), (None, 0, 10, 13), (None, 0, 16, 8), (None, 0, 37, 3), (7, 9, 15, 16), (7, 0, 33, 7), (25, 5, 29, 8)]
+        "window,first_key,start,count", [(None, 0, 0, 13), (None, 0, 10, 13), (None, 0, 37, 3), (7, 9, 15, 16), (7, 0, 33, 7), (25, 5, 29, 8)]
     )
     def test_queries_in_the_middle_of_the_keys(self, name, window, first_key, start, count):
         """Queries `start .. start + count` of a row of 40 against its keys from `first_key` on are those rows of the whole."""

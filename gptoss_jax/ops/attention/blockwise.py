@@ -1,8 +1,9 @@
 """Attention in blocks of queries and keys, in plain XLA: no array of scores larger than one pair of blocks, no work on pairs that see nothing.
 
-Queries and keys are cut into blocks of C tokens; query block i runs over the key blocks from that of its first visible key to that of its last (to i
-where queries and keys are the same tokens). Forward is an online softmax that starts from the sink as if that were a first key without a value (maximum = sink, sum = 1): a row's maximum is finite whatever
-it sees. Kept for the backward pass are q, k, v, o and lse, the sink included. With delta = sum_h do o, which holds with a sink as without,
+Queries and keys are cut into blocks of C tokens; query block i runs over the key blocks from that of its first visible key to that of its last (block
+i where queries and keys are the same tokens). Forward is an online softmax that starts from the sink as if that were a first key without a value
+(maximum = sink, sum = 1): a row's maximum is finite whatever it sees. Kept for the backward pass are q, k, v, o and lse, the sink included. With
+delta = sum_h do o, which holds with a sink as without,
 
     p = exp(s - lse),  dv = p^T do,  ds = p (do v^T - delta),  dq = ds k / sqrt(H),  dk = ds^T q / sqrt(H),  dsink = -sum exp(sink - lse) delta
 
@@ -12,7 +13,8 @@ Loops over blocks, not one expression per block: unrolled, every block gets scor
 XLA's fast CPU products demand a left factor that contracts its last dim. The backward pass therefore works on transposed scores, s^T = k q^T, and has
 k^T at hand: all five products have that form without a transposed array of scores.
 
-Legend: B batch  T queries  S keys  N query heads  K kv heads  G=N/K  H head dim  C queries of a block  U=C keys of a block  R=G*C rows of a block  I blocks
+Legend: B batch  T queries  S keys  N query heads  K kv heads  G=N/K  H head dim
+        C queries of a block  U=C keys of a block  R=G*C rows of a block  I blocks
 """
 
 from functools import partial
@@ -24,6 +26,7 @@ from jax import lax
 from gptoss_jax.ops.attention.keys import Keys
 from gptoss_jax.ops.attention.reference import MASKED, sink_gradient, visible
 from gptoss_jax.ops.remat import product
+from gptoss_jax.precision import wide
 
 # Value and gradient for B=2 T=1024 N=8 K=2 H=64 in bf16 on 2 cores, blocks of 64 / 128 / 256: full layers 65 / 51 / 42 ms, a window of 128
 # 18 / 17 / 22 ms. One block is a dense computation, and the dense reference takes twice as long on it (B=8 T=128 H=32: 7.8 against 3.0 ms).
@@ -41,7 +44,7 @@ def block_size(batch: int, length: int, heads: int, window: int | None) -> int:
 
 
 def _dot(a, b, contract):
-    return lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=wide(a.dtype))
 
 
 class _Blocks:
@@ -112,14 +115,15 @@ def _forward_block(blocks: _Blocks, sinks_KG, i):
         o_BKGCH = o_BKGCH * shrink_BKGC[..., None] + pv_BKRH.reshape(o_BKGCH.shape)
         return new_top_BKGC, sum_BKGC * shrink_BKGC + jnp.sum(p_BKGCU, axis=-1), o_BKGCH
 
-    start = jnp.broadcast_to(sinks_KG[..., None], shape), jnp.ones(shape, jnp.float32), jnp.zeros((*shape, blocks.head_dim), jnp.float32)
+    ones, zeros = jnp.ones(shape, sinks_KG.dtype), jnp.zeros((*shape, blocks.head_dim), sinks_KG.dtype)
+    start = jnp.broadcast_to(sinks_KG[..., None], shape), ones, zeros
     top_BKGC, sum_BKGC, o_BKGCH = lax.fori_loop(*blocks.seen(i), turn, start)
     return (o_BKGCH / sum_BKGC[..., None]).astype(blocks.dtype), top_BKGC + jnp.log(sum_BKGC)
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BT, keys, window):
     blocks = _Blocks(window, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, keys)
-    sinks_KG = sinks_N.astype(jnp.float32).reshape(blocks.kv_heads, -1)
+    sinks_KG = sinks_N.astype(wide(blocks.dtype)).reshape(blocks.kv_heads, -1)
     results = lax.map(partial(_forward_block, blocks, sinks_KG), jnp.arange(blocks.count))
     out_BTNH, lse_BTN = product(tuple(map(blocks.tokens_first, results)))
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, sinks_N, segment_ids_BT, keys, out_BTNH, lse_BTN)
@@ -155,12 +159,12 @@ def _backward(window, residual, do_BTNH):
             dq_BKHR = dq_BKHR + _dot(blocks.at(k_BKHS, j, 3), ds_BKUR, NN)
             return add(dk_BKSH, _dot(ds_BKUR, q_BKRH, NN)), add(dv_BKSH, _dot(p_BKUR, do_BKRH, NN)), dq_BKHR
 
-        dq_BKHR = jnp.zeros(q_BKRH.swapaxes(2, 3).shape, jnp.float32)
+        dq_BKHR = jnp.zeros(q_BKRH.swapaxes(2, 3).shape, wide(blocks.dtype))
         *sums, dq_BKHR = lax.fori_loop(*blocks.seen(i), turn, (*sums, dq_BKHR))
         dq_BKRH = (dq_BKHR.swapaxes(2, 3) * blocks.scale).astype(blocks.dtype)
         return tuple(sums), dq_BKRH.reshape(*dq_BKRH.shape[:2], -1, blocks.size, blocks.head_dim)
 
-    zeros_BKSH = jnp.zeros(blocks.k_BKSH.shape, jnp.float32)
+    zeros_BKSH = jnp.zeros(blocks.k_BKSH.shape, wide(blocks.dtype))
     (dk_BKSH, dv_BKSH), dq_IBKGCH = lax.scan(queries, (zeros_BKSH, zeros_BKSH), jnp.arange(blocks.count))
     dk_BSKH, dv_BSKH = (x.swapaxes(1, 2)[:, : blocks.num_keys] for x in (dk_BKSH * blocks.scale, dv_BKSH))
     return blocks.tokens_first(dq_IBKGCH), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), dsinks_N, None, None
