@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.sharding.attention import attention_parallel
 from gptoss_jax.sharding.experts import expert_parallel
+from gptoss_jax.sharding.loss import loss_parallel
 from gptoss_jax.sharding.mesh import MESH_AXES, make_mesh
 from gptoss_jax.sharding.rules import (
     DEFAULT_RULES,
@@ -22,10 +23,10 @@ def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute
     Raises:
       UsageError: rules that attention or experts cannot be run with.
     """
-    return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules))
+    return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules), loss_parallel(mesh, rules))
 
 
 __all__ = [
     "DEFAULT_RULES", "MESH_AXES", "ShardingRules", "abstract_sharded_params", "attention_parallel", "batch_sharding", "distribution",
-    "expert_parallel", "make_mesh", "param_shardings", "replicated",
+    "expert_parallel", "loss_parallel", "make_mesh", "param_shardings", "replicated",
 ]  # fmt: skip

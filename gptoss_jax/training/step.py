@@ -129,6 +129,14 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
     return {**params, **{name: weight for name, (weight, _) in made.items()}}, {name: codes for name, (_, codes) in made.items()}
 
 
+def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute | None) -> Float[Array, ""]:
+    """Sum of weight * nll over the tokens of a batch."""
+    run = lambda *arrays, gathers=(): cross_entropy_sum(*arrays, dtype, gathers)
+    if distribute is not None:
+        run = distribute.loss(run)
+    return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
+
+
 def make_loss(
     config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
 ) -> Callable:
@@ -146,7 +154,7 @@ def make_loss(
             remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
         )
         with jax.named_scope("loss"):
-            nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+            nll = _loss_sum(out.hidden_BTD, params, batch, dtype, distribute)
         nll = nll / total_weight
         aux = jnp.float32(0)
         if train.router_aux_loss_coef:
@@ -267,7 +275,7 @@ def make_eval_step(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
             distribute=shardings and shardings.distribute,
         )  # fmt: skip
-        nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        nll = _loss_sum(out.hidden_BTD, params, batch, dtype, shardings and shardings.distribute)
         return nll, jnp.sum(batch.loss_weights_BT)
 
     return _jit(eval_step, shardings and (dict(shardings.params), shardings.batch), shardings and shardings.scalar, shardings)
