@@ -26,8 +26,8 @@ from gptoss_jax.evaluation.answers import STOP_TOKENS, Answer, parse_answer
 from gptoss_jax.evaluation.sampling import GREEDY, Sampling, choose, row_keys
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.model.cache import KVCache, init_cache
-from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.model.inference import decode_step, prefill, prepare_params
+from gptoss_jax.quant import ExpertQuant
 
 CHUNK = 16  # tokens per trip to the device, where nobody waits for the single one
 SMALLEST = 16

@@ -14,12 +14,13 @@ from flax import nnx
 
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.model import GptOssConfig, Params
-from gptoss_jax.model.context import Context, ExpertQuant
+from gptoss_jax.model.context import Context
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.transformer import Block
 from gptoss_jax.model.weights import fill_state
 from gptoss_jax.ops.embedding import embedding
+from gptoss_jax.quant import ExpertQuant
 
 
 def layer_params(config: GptOssConfig, params: Params, layer: int) -> dict[str, jax.Array]:

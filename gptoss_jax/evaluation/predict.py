@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.evaluation.pass_rate import Predict, Prediction
 from gptoss_jax.model import GptOssConfig, Params, forward
-from gptoss_jax.model.context import ExpertQuant
 from gptoss_jax.ops.cross_entropy import token_losses
+from gptoss_jax.quant import ExpertQuant
 
 
 @lru_cache

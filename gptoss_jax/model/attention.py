@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary positions and one learned sink logit per query head."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -37,7 +39,10 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, context)
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window, context.backend)
+        run = partial(attention, window=self.window, backend=context.backend)
+        if context.distribute is not None:
+            run = context.distribute.attention(run, self.window)
+        out_BTNH = run(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     @jax.named_scope("attention")

@@ -2,17 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-# expert_quant("gate_up_proj" | "down_proj", stored weight) -> (compute weight, the codes it was decoded from or None)
-ExpertQuant = Callable[[str, Array], tuple[Array, Any]]
+from gptoss_jax.quant import ExpertQuant
 
 
-def plain_cast(dtype) -> ExpertQuant:
-    """The cast to the compute dtype, without codes: SFT."""
-    return lambda projection, stored: (stored.astype(dtype), None)
+class Distribute(NamedTuple):
+    """How the parts of the model that mix tokens or weights of several devices run on a mesh; all keep arguments and results.
+
+    `attention(run, window)` for `run(q, k, v, sinks, segment_ids, keys=None)`; `experts(run, capture)` for `run_experts`, whose captured weights
+    come out on request only; `loss(run)` for `run(hidden, w, targets, weights, gathers=())`.
+    """
+
+    attention: Callable[[Callable, int | None], Callable]
+    experts: Callable[[Callable, bool], Callable]
+    loss: Callable[[Callable], Callable]
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Context:
     expert_quant: ExpertQuant
     capture: bool
     backend: str | None = None  # of attention and experts, see `gptoss_jax.ops.backend`
+    distribute: Distribute | None = None  # on a mesh; None is one device
     layer: Int[Array, ""] | int | None = None
     lengths_B: Int[Array, "B"] | None = None
 

@@ -18,10 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from gptoss_jax.formats import mxfp4
 from gptoss_jax.model.cache import KVCache, append, fill
 from gptoss_jax.model.config import GptOssConfig
-from gptoss_jax.model.context import Context, ExpertQuant, plain_cast
+from gptoss_jax.model.context import Context
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.transformer import Params, build_model
 from gptoss_jax.ops.grouped_matmul.xla import bits, values
+from gptoss_jax.quant import ExpertQuant, plain_cast
 
 _EXPERT_MATRIX = re.compile(r"experts\.(gate_up_proj|down_proj)$")
 _CAST = re.compile(r"(_proj\.weight|embed_tokens\.weight|lm_head\.weight)$")  # what the forward pass casts; norms, router, biases and sinks stay

@@ -10,7 +10,8 @@ The router runs in float32, experts in the dtype of x with float32 accumulation.
 Legend: S tokens  D hidden  E experts  A experts per token  F expert hidden  U=2F gate/up interleaved
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.experts import expert_mlp
 from gptoss_jax.ops.experts.inference import expert_mlp_inference
 from gptoss_jax.ops.remat import product
+from gptoss_jax.precision import wide
+from gptoss_jax.quant import ExpertQuant, Gather
+from gptoss_jax.quant.gather import cast_and_gather
 
 
 class RouterStats(NamedTuple):
@@ -54,12 +58,50 @@ class Router(nnx.Module):
 
     def __call__(self, x_SD: Float[Array, "S D"], real_S) -> tuple[Int[Array, "S A"], Float[Array, "S A"], RouterStats]:
         """Chosen experts, their weights, statistics over the tokens where `real_S`."""
-        logits_SE = jnp.einsum("sd,ed->se", x_SD.astype(jnp.float32), self.weight[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
+        x_SD, w_ED, bias_E = (x.astype(wide(x_SD.dtype)) for x in (x_SD, self.weight[...], self.bias[...]))
+        logits_SE = jnp.einsum("sd,ed->se", x_SD, w_ED) + bias_E
         top_SA, experts_SA = lax.top_k(logits_SE, self.config.num_experts_per_tok)
-        real_S = real_S.astype(jnp.float32)
-        chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=jnp.float32), axis=1)
+        real_S = real_S.astype(x_SD.dtype)
+        chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=x_SD.dtype), axis=1)
         stats = RouterStats(real_S @ chosen_SE, real_S @ jax.nn.softmax(logits_SE, axis=-1), jnp.sum(real_S))
         return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
+
+
+class StoredExperts(NamedTuple):
+    """The parameters of the experts of a layer, or the shard of them that a device holds."""
+
+    gate_up_EUD: Float[Array, "E U D"]
+    gate_up_bias_EU: Float[Array, "E U"]
+    down_EDF: Float[Array, "E D F"]
+    down_bias_ED: Float[Array, "E D"]
+
+
+def run_experts(
+    x_BTD: Float[Array, "B T D"],
+    experts_BTA: Int[Array, "B T A"],
+    weights_BTA: Float[Array, "B T A"],
+    stored: StoredExperts,
+    *,
+    expert_quant: ExpertQuant,
+    limit: float,
+    backend: str | None,
+    gather: Gather | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, tuple[Array, Any]]]:
+    """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection.
+
+    Args:
+      gather: `stored` is a shard (inside a `jax.shard_map`), and is made whole over these mesh axes. `experts_BTA` counts the experts that are
+        whole then; their number stands for one that is elsewhere (see `group_rows`).
+    """
+    stored_weights = {"gate_up_proj": stored.gate_up_EUD, "down_proj": stored.down_EDF}
+    captured = {name: expert_quant(name, weight, gather) for name, weight in stored_weights.items()}
+    whole = (lambda bias: cast_and_gather(bias, bias.dtype, gather)) if gather else lambda bias: bias
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    out_SD = expert_mlp(
+        flat(x_BTD), flat(experts_BTA), flat(weights_BTA), captured["gate_up_proj"][0], whole(stored.gate_up_bias_EU),
+        captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend,
+    )  # fmt: skip
+    return out_SD.reshape(x_BTD.shape), captured
 
 
 class Experts(nnx.Module):
@@ -74,28 +116,26 @@ class Experts(nnx.Module):
         self.down_proj = weight(rngs, (experts, hidden, width), ("expert", "expert_embed", "expert_mlp"), **make)
         self.down_proj_bias = weight(rngs, (experts, hidden), ("expert", "expert_embed"), init="zeros", **make)
 
-    def __call__(self, x_SD, experts_SA, weights_SA, context: Context) -> tuple[Float[Array, "S D"], dict]:
+    def __call__(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> tuple[Float[Array, "B T D"], dict]:
         """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
         if context.layer is not None:
-            return self._inference(x_SD, experts_SA, weights_SA, context), {}
-        w_gate_up_EUD, gate_up_codes = context.expert_quant("gate_up_proj", self.gate_up_proj[...])
-        w_down_EDF, down_codes = context.expert_quant("down_proj", self.down_proj[...])
-        out_SD = expert_mlp(
-            x_SD, experts_SA, weights_SA, w_gate_up_EUD, self.gate_up_proj_bias[...], w_down_EDF, self.down_proj_bias[...], limit=self.limit,
-            backend=context.backend,
-        )
-        captured = {"gate_up_proj": (w_gate_up_EUD, gate_up_codes), "down_proj": (w_down_EDF, down_codes)}
-        return out_SD, captured
+            return self._inference(x_BTD, experts_BTA, weights_BTA, context), {}
+        stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
+        run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
+        if context.distribute is not None:
+            run = context.distribute.experts(run, context.capture)
+        return run(x_BTD, experts_BTA, weights_BTA, stored)
 
-    def _inference(self, x_SD, experts_SA, weights_SA, context: Context) -> Float[Array, "S D"]:
+    def _inference(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> Float[Array, "B T D"]:
         """With ready compute weights (`inference.prepare_params`) of all stacked layers, of which `context.layer` is this one."""
         variables = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
         flat = lambda weights, dims: jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - dims :]), weights)
         weights = (flat(variable.get_value(), dims) for variable, dims in zip(variables, (2, 1, 2, 1)))
-        return expert_mlp_inference(
-            x_SD, experts_SA, weights_SA, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit,
-            backend=context.backend,
+        rows = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTA, weights_BTA))
+        out_SD = expert_mlp_inference(
+            *rows, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit, backend=context.backend
         )
+        return out_SD.reshape(x_BTD.shape)
 
 
 class Moe(nnx.Module):
@@ -105,7 +145,7 @@ class Moe(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats, dict]:
-        x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        experts_SA, weights_SA, stats = product(self.router(x_SD, context.real_BT.reshape(-1)))
-        y_SD, captured = self.experts(x_SD, experts_SA, weights_SA, context)
-        return y_SD.reshape(x_BTD.shape), stats, captured
+        experts_SA, weights_SA, stats = product(self.router(x_BTD.reshape(-1, x_BTD.shape[-1]), context.real_BT.reshape(-1)))
+        rows = lambda x_SA: x_SA.reshape(*x_BTD.shape[:2], -1)
+        y_BTD, captured = self.experts(x_BTD, rows(experts_SA), rows(weights_SA), context)
+        return y_BTD, stats, captured

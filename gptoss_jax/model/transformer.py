@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.cache import KVCache, LayerCache
 from gptoss_jax.model.config import GptOssConfig
-from gptoss_jax.model.context import Context, ExpertQuant, plain_cast
+from gptoss_jax.model.context import Context, Distribute
 from gptoss_jax.model.layers import RMSNorm
 from gptoss_jax.model.moe import Moe, RouterStats
 from gptoss_jax.model.rope import rope_tables
@@ -29,6 +29,8 @@ from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weigh
 from gptoss_jax.ops.embedding import embedding
 from gptoss_jax.ops.grouped_matmul.xla import values
 from gptoss_jax.ops.remat import Remat, product, rematerialize
+from gptoss_jax.precision import wide
+from gptoss_jax.quant import ExpertQuant, plain_cast
 
 Params = Mapping[str, Array]
 
@@ -179,6 +181,7 @@ def forward(
     remat: Remat = "none",
     capture: bool = False,
     backend: str | None = None,
+    distribute: Distribute | None = None,
 ) -> Output:
     """Runs the transformer up to the final norm.
 
@@ -190,14 +193,15 @@ def forward(
       remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
+      distribute: how attention and experts run on a mesh (`gptoss_jax.sharding.distribution`); None leaves their layout to the compiler.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     model = build_model(config, params)
-    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
-    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend)
+    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim, dtype)
+    context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend, distribute)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
     # scanned statistics come as one [repeats, ...] stack per position of the period: interleave to layer order, then the tail
@@ -217,4 +221,4 @@ def forward(
 def compute_logits(params: Params, hidden_BTD: Float[Array, "B T D"], dtype=jnp.float32) -> Float[Array, "B T V"]:
     """Unembedding: float32 logits from a product in `dtype` with float32 accumulation."""
     w_VD = params["lm_head.weight"].astype(dtype)
-    return jnp.einsum("btd,vd->btv", hidden_BTD.astype(dtype), w_VD, preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,vd->btv", hidden_BTD.astype(dtype), w_VD, preferred_element_type=wide(dtype))

@@ -8,12 +8,19 @@ import jax
 from jaxtyping import Array, Float
 
 from gptoss_jax.quant.fake_quant import fake_quant_with_codes
+from gptoss_jax.quant.gather import Gather, cast_and_gather
 from gptoss_jax.quant.policy import QuantPolicy
 
-# expert_quant(projection, stored weight [E, out, in]) -> (compute weight, codes it was decoded from; None where not quantized)
-ExpertQuant = Callable[[str, Float[Array, "E out in"]], tuple[Float[Array, "E out in"], Any | None]]
+# expert_quant(projection, stored weight [E, out, in], gather) -> (compute weight, codes it was decoded from; None where not quantized).
+# With `gather`, inside a `jax.shard_map`, the stored weight and the codes are a shard and the compute weight is whole.
+ExpertQuant = Callable[[str, Float[Array, "E out in"], Gather | None], tuple[Float[Array, "G out in"], Any | None]]
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+def plain_cast(dtype) -> ExpertQuant:
+    """The cast to the compute dtype, without codes: SFT."""
+    return lambda projection, stored, gather=None: (cast_and_gather(stored, dtype, gather) if gather else stored.astype(dtype), None)
 
 
 def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
@@ -34,11 +41,11 @@ def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
                 raise ValueError(f"quantization rule {pattern!r} does not cover an expert projection in every layer")
         formats = {projection: policy.format_of(name) for projection, name in names.items()}
 
-    def expert_quant(projection, stored):
+    def expert_quant(projection, stored, gather=None):
         fmt = formats[projection]
         if fmt is None:
-            return stored.astype(compute_dtype), None
+            return plain_cast(compute_dtype)(projection, stored, gather)
         with jax.named_scope(f"fake_quant_{projection}"):
-            return fake_quant_with_codes(stored, fmt, dtype=compute_dtype)
+            return fake_quant_with_codes(stored, fmt, dtype=compute_dtype, gather=gather)
 
     return expert_quant

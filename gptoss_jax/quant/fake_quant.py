@@ -14,19 +14,25 @@ from jaxtyping import Array, Float
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.formats.bits import as_input
 from gptoss_jax.quant.estimators import Estimator, get_estimator
+from gptoss_jax.quant.gather import Gather
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _encode_decode(x, fmt, estimator, dtypes):
-    return fmt.encode_decode(x, dtypes[1])
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _encode_decode(x, fmt, estimator, dtypes, gather):
+    if gather is None:
+        return fmt.encode_decode(x, dtypes[1])
+    codes = fmt.encode(x)
+    return fmt.decode(jax.tree.map(gather.whole, codes), dtypes[1]), codes
 
 
-def _encode_decode_fwd(x, fmt, estimator, dtypes):
-    return fmt.encode_decode(x, dtypes[1]), estimator.residual(x)
+def _encode_decode_fwd(x, fmt, estimator, dtypes, gather):
+    return _encode_decode(x, fmt, estimator, dtypes, gather), estimator.residual(x)
 
 
-def _encode_decode_bwd(fmt, estimator, dtypes, residual, grads):
+def _encode_decode_bwd(fmt, estimator, dtypes, gather, residual, grads):
     grad_w, _ = grads  # codes are integers and scales are constants: no gradient
+    if gather is not None:
+        grad_w = gather.scatter_sum(grad_w)
     return (estimator.backward(residual, grad_w).astype(dtypes[0]),)
 
 
@@ -34,7 +40,7 @@ _encode_decode.defvjp(_encode_decode_fwd, _encode_decode_bwd)
 
 
 def fake_quant_with_codes(
-    x: Float[Array, "*shape"], fmt: str | Format, estimator: str | Estimator = "ste", *, axis: int = -1, dtype=None
+    x: Float[Array, "*shape"], fmt: str | Format, estimator: str | Estimator = "ste", *, axis: int = -1, dtype=None, gather: Gather | None = None
 ) -> tuple[Float[Array, "*shape"], Any]:
     """(w, codes): w = decode(codes, dtype) and the codes = encode(x) that it was decoded from.
 
@@ -44,6 +50,7 @@ def fake_quant_with_codes(
       estimator: a gradient estimator or its name.
       axis: the dim along which blocks run, for linear weights the contraction dim. Codes have it moved last.
       dtype: dtype of w, by default that of x. The gradient that arrives in it is cast to x.dtype.
+      gather: inside a `jax.shard_map`: x is a shard, w is the whole weight, the codes are those of the shard. Blocks along the last dim only.
 
     Raises:
       TypeError: x has another dtype.
@@ -52,7 +59,7 @@ def fake_quant_with_codes(
     fmt, estimator = get_format(fmt), get_estimator(estimator)
     x = as_input(x)
     dtypes = (x.dtype, jnp.dtype(x.dtype if dtype is None else dtype))
-    w, codes = _encode_decode(jnp.moveaxis(x, axis, -1), fmt, estimator, dtypes)
+    w, codes = _encode_decode(jnp.moveaxis(x, axis, -1), fmt, estimator, dtypes, gather)
     return jnp.moveaxis(w, -1, axis), codes
 
 

@@ -14,17 +14,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig, abstract_params, logical_axes
 
-# Experts take the fsdp devices too: 32 and 128 experts divide by what 90 blocks do not.
+# Experts take the tensor, fsdp and context devices too: 32 and 128 experts divide by what 90 blocks do not. Rows of 131,072 tokens on the devices of
+# `context` would leave a whole model on each, so parameters are stored in parts over `context` as over `fsdp`.
 DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
     "layers": (),
     "norm": (),
     "router": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
-    "expert": ("expert", "fsdp"),
-    "expert_mlp": ("tensor",),
+    "expert": ("expert", "tensor", "fsdp", "context"),
+    "expert_mlp": (),
     "expert_embed": (),
 }
 QUANT_BLOCK = 32
@@ -32,9 +35,15 @@ QUANT_BLOCK = 32
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """`table` maps every logical axis to the mesh axes that shard it, outermost first."""
+    """`table` maps every logical axis to the mesh axes that shard it, outermost first. Over `gathered` axes parameters are only stored in parts:
+    they are put together to compute with."""
 
     table: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_TABLE))
+    gathered: tuple[str, ...] = ("fsdp", "context")
+
+    def axes(self, logical: str, mesh: Mesh) -> tuple[str, ...]:
+        """Mesh axes of more than one device that cut a logical axis."""
+        return tuple(a for a in self.table.get(logical, ()) if mesh.shape.get(a, 1) > 1)
 
     def spec(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
         """Partition of one parameter.
@@ -46,7 +55,7 @@ class ShardingRules:
         for size, logical in zip(shape, axes, strict=True):
             if logical is not None and logical not in self.table:
                 raise UsageError(f"{name}: no sharding rule for logical axis {logical!r}; rules exist for {sorted(self.table)}")
-            mesh_axes = tuple(a for a in self.table.get(logical, ()) if a in mesh.shape and mesh.shape[a] > 1)
+            mesh_axes = self.axes(logical, mesh)
             if used & set(mesh_axes):
                 raise UsageError(f"{name}: mesh axes {sorted(used & set(mesh_axes))} would shard two dimensions of {axes}")
             used |= set(mesh_axes)
@@ -68,15 +77,35 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules()
 
 
+def check_heads(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> None:
+    """Heads are cut between heads, each query head beside its kv head.
+
+    Raises:
+      UsageError: naming the sizes.
+    """
+    axes, kv_axes = rules.axes("heads", mesh), rules.axes("kv_heads", mesh)
+    if axes != kv_axes:
+        raise UsageError(f"rules 'heads' = {axes} and 'kv_heads' = {kv_axes} must be the same: a query head lies beside its kv head")
+    shards = math.prod(mesh.shape[a] for a in axes)
+    if config.num_key_value_heads % shards:
+        fits = [n for n in range(1, shards) if config.num_key_value_heads % n == 0]
+        raise UsageError(f"num_key_value_heads = {config.num_key_value_heads} does not divide by {'*'.join(axes)} = {shards}; it divides by {fits}")
+
+
 def param_shardings(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
-    """Sharding of every parameter by name."""
+    """Sharding of every parameter by name.
+
+    Raises:
+      UsageError: naming what cannot be laid out.
+    """
+    check_heads(config, mesh, rules)
     axes = logical_axes(config)
     return {name: NamedSharding(mesh, rules.spec(name, leaf.shape, axes[name], mesh)) for name, leaf in abstract_params(config).items()}
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all data-parallel devices (`data`, `fsdp`, `expert`)."""
-    return NamedSharding(mesh, PartitionSpec(tuple(a for a in ("data", "fsdp", "expert") if a in mesh.shape)))
+def batch_sharding(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSharding:
+    """A batch [B, T]: rows over the data-parallel devices, their length over `context`."""
+    return NamedSharding(mesh, PartitionSpec(rules.axes("batch", mesh) or None, rules.axes("length", mesh) or None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -125,12 +126,24 @@ class Nvfp4Quant(Section):
 
 
 class MeshConfig(Section):
+    """Devices along each axis of the mesh, see sharding/mesh.py."""
+
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
+    expert: PositiveInt = 1
+    # cuts the rows: for rows too long for one device
+    context: PositiveInt = 1
+    # divides the key-value heads
+    tensor: PositiveInt = 1
 
     @property
     def size(self) -> int:
-        return self.data * self.fsdp
+        return math.prod(self.model_dump().values())
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of devices among which the rows of a batch are dealt."""
+        return self.data * self.fsdp * self.expert
 
 
 class TrainConfig(Section):
@@ -180,11 +193,13 @@ class TrainConfig(Section):
                 f"optimizer.master_residual = {self.optimizer.master_residual} belongs to master_dtype bfloat16, not {self.master_dtype}"
             )
         microbatch = self.batch.rows // self.batch.accumulation
-        if microbatch % self.mesh.size:
+        if microbatch % self.mesh.row_groups:
             raise ValueError(
                 f"a microbatch of {microbatch} rows (batch.rows / batch.accumulation) does not divide among "
-                f"mesh.data * mesh.fsdp = {self.mesh.size} devices"
+                f"mesh.data * mesh.fsdp * mesh.expert = {self.mesh.row_groups} devices"
             )
+        if self.data.row_length % self.mesh.context:
+            raise ValueError(f"data.row_length = {self.data.row_length} does not divide by mesh.context = {self.mesh.context}")
         return self
 
     def with_steps(self, num_rows: int) -> "TrainConfig":

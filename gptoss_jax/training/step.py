@@ -19,13 +19,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
-from gptoss_jax.model.context import ExpertQuant, plain_cast
+from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.precision import wide
+from gptoss_jax.quant import ExpertQuant, plain_cast
 from gptoss_jax.quant.expert_quant import PROJECTIONS
+from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, batch_sharding, distribution, param_shardings, replicated
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
@@ -44,11 +47,17 @@ class TrainState(NamedTuple):
 
 
 class Shardings(NamedTuple):
-    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars."""
+    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars; and how layers run there (None: as the compiler likes)."""
 
     params: Mapping[str, Sharding]
     batch: Sharding
     scalar: Sharding
+    distribute: Distribute | None = None
+
+    @classmethod
+    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> "Shardings":
+        """What the rules make of this model and mesh."""
+        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules))
 
 
 class Captured(NamedTuple):
@@ -120,7 +129,17 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
     return {**params, **{name: weight for name, (weight, _) in made.items()}}, {name: codes for name, (_, codes) in made.items()}
 
 
-def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False) -> Callable:
+def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute | None) -> Float[Array, ""]:
+    """Sum of weight * nll over the tokens of a batch."""
+    run = lambda *arrays, gathers=(): cross_entropy_sum(*arrays, dtype, gathers)
+    if distribute is not None:
+        run = distribute.loss(run)
+    return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
+
+
+def make_loss(
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
+) -> Callable:
     """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
 
     With `cast_at: step` the experts in trained and frozen are compute weights already."""
@@ -132,10 +151,10 @@ def make_loss(config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuan
         params = {**trained, **frozen}
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
-            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels,
+            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
         )
         with jax.named_scope("loss"):
-            nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+            nll = _loss_sum(out.hidden_BTD, params, batch, dtype, distribute)
         nll = nll / total_weight
         aux = jnp.float32(0)
         if train.router_aux_loss_coef:
@@ -189,14 +208,14 @@ def _gradients(
     microbatches = _split(batch, num_microbatches)
     first = jax.tree.map(lambda x: x[0], microbatches)
     shapes, captured_shapes = jax.eval_shape(microbatch_grads, first)
-    zeros = lambda tree, dtype=None: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), tree)
-    start = zeros(shapes, jnp.float32)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf.dtype)), shapes)
     start = start._replace(grads=place(start.grads))
 
     def body(carry, microbatch):
         sums, _ = carry
         new, captured = microbatch_grads(microbatch)
-        return (jax.tree.map(lambda total, part: total + part.astype(jnp.float32), sums, new), captured), None
+        return (jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new), captured), None
 
     (sums, captured), _ = lax.scan(body, (start, zeros(captured_shapes)), microbatches)
     return sums, captured
@@ -218,7 +237,7 @@ def make_train_step(
     When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
     """
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant)
+    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
 
     def train_step(state: TrainState, batch):
         (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
@@ -252,8 +271,11 @@ def make_eval_step(
     dtype = jnp.dtype(train.compute_dtype)
 
     def eval_step(params, batch):
-        out = forward(config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant)
-        nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        out = forward(
+            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
+            distribute=shardings and shardings.distribute,
+        )  # fmt: skip
+        nll = _loss_sum(out.hidden_BTD, params, batch, dtype, shardings and shardings.distribute)
         return nll, jnp.sum(batch.loss_weights_BT)
 
     return _jit(eval_step, shardings and (dict(shardings.params), shardings.batch), shardings and shardings.scalar, shardings)
@@ -266,7 +288,7 @@ def make_capture_step(
     without the update, handing out the expert weights that it computed with (unless `weights` is False: they are half the model) and the codes
     those were decoded from."""
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant, capture=True)
+    loss = make_loss(config, train, expert_quant, capture=True, distribute=shardings and shardings.distribute)
 
     def capture_step(state: TrainState, batch):
         (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.precision import wide
+
 
 class RowGroups(NamedTuple):
     """Where every routed row lies.
 
-    Invariants: `assignment_P[slot_SA[s, a]] == s*A + a`; slots that no assignment uses hold R; blocks `0..num_blocks-1` are in use and sorted
-    by expert, the others hold expert E-1 and only padding.
+    Invariants: `assignment_P[slot_SA[s, a]] == s*A + a`, except that rows of experts that are not here have slots >= P; slots that no assignment
+    uses hold R; blocks `0..num_blocks-1` are in use and sorted by expert, the others hold expert E-1 and only padding.
     """
 
     slot_SA: Int[Array, "S A"]
@@ -38,7 +40,11 @@ class RowGroups(NamedTuple):
 
 
 def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int) -> RowGroups:
-    """Lays the assignments out in blocks of `block_rows`, each block of one expert."""
+    """Lays the assignments out in blocks of `block_rows`, each block of one expert.
+
+    Experts are 0..num_experts-1; the number `num_experts` stands for an expert of another device: such rows get no slot, are read as zeros and
+    have no gradient.
+    """
     num_tokens, per_token = experts_SA.shape
     num_rows = num_tokens * per_token
     # sum of ceil(n_e / M) over the experts is at most floor(R/M) + E, and at most R since a used block holds a row
@@ -54,6 +60,7 @@ def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int)
     block_ends_E = jnp.cumsum(blocks_E)
     rank_R = jnp.arange(num_rows) - (ends_E - sizes_E)[sorted_R]
     slot_sorted_R = (block_ends_E - blocks_E)[sorted_R] * block_rows + rank_R
+    slot_sorted_R = jnp.where(sorted_R < num_experts, slot_sorted_R, num_slots + jnp.arange(num_rows))  # out of range, each its own
 
     slot_R = jnp.zeros(num_rows, jnp.int32).at[order_R].set(slot_sorted_R.astype(jnp.int32), unique_indices=True)
     assignment_P = jnp.full(num_slots, num_rows, jnp.int32).at[slot_R].set(jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True)
@@ -68,25 +75,26 @@ def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int)
 
 
 def take_or_zero(x_XD: Array, index: Array) -> Array:
-    """Rows of x; zeros where the index is one past the end."""
+    """Rows of x; zeros where the index is past the end."""
     return jnp.take(x_XD, index, axis=0, mode="fill", fill_value=0)
 
 
 def sum_slots(y_PD: Float[Array, "P D"], groups: RowGroups) -> Float[Array, "S D"]:
     """Sum of each token's A rows, accumulated in float32."""
-    return jnp.sum(y_PD[groups.slot_SA], axis=1, dtype=jnp.float32).astype(y_PD.dtype)
+    return jnp.sum(take_or_zero(y_PD, groups.slot_SA), axis=1, dtype=wide(y_PD.dtype)).astype(y_PD.dtype)
 
 
 def weighted_sum(y_PD: Float[Array, "P D"], weights_SA: Float[Array, "S A"], groups: RowGroups) -> Float[Array, "S D"]:
     """`out[s] = sum_a weights[s, a] * y[slot[s, a]]`, accumulated in float32."""
-    y_SAD = y_PD[groups.slot_SA].astype(jnp.float32)
-    return jnp.einsum("sad,sa->sd", y_SAD, weights_SA.astype(jnp.float32)).astype(y_PD.dtype)
+    y_SAD = take_or_zero(y_PD, groups.slot_SA).astype(wide(y_PD.dtype))
+    return jnp.einsum("sad,sa->sd", y_SAD, weights_SA.astype(y_SAD.dtype)).astype(y_PD.dtype)
 
 
 def weighted_sum_gradients(y_PD, weights_SA, groups: RowGroups, g_SD) -> tuple[Float[Array, "P 1"], Float[Array, "S A"]]:
     """For the gradient g of `weighted_sum`: the weight of each slot, 0 on padding (dy is that times g of the slot's token), and dweights."""
-    weights_P = take_or_zero(weights_SA.astype(jnp.float32).reshape(-1, 1), groups.assignment_P)
-    dweights_SA = jnp.einsum("sad,sd->sa", y_PD[groups.slot_SA].astype(jnp.float32), g_SD.astype(jnp.float32))
+    dtype = wide(y_PD.dtype)
+    weights_P = take_or_zero(weights_SA.astype(dtype).reshape(-1, 1), groups.assignment_P)
+    dweights_SA = jnp.einsum("sad,sd->sa", take_or_zero(y_PD, groups.slot_SA).astype(dtype), g_SD.astype(dtype))
     return weights_P, dweights_SA.astype(weights_SA.dtype)
 
 
@@ -120,7 +128,7 @@ def _combine_forward(y_PD, weights_SA, groups):
 def _combine_backward(residual, g_SD):
     y_PD, weights_SA, groups = residual
     weights_P, dweights_SA = weighted_sum_gradients(y_PD, weights_SA, groups, g_SD)
-    dy_PD = (weights_P * take_or_zero(g_SD.astype(jnp.float32), groups.token_P)).astype(y_PD.dtype)
+    dy_PD = (weights_P * take_or_zero(g_SD.astype(weights_P.dtype), groups.token_P)).astype(y_PD.dtype)
     return dy_PD, dweights_SA, None
 
 
