@@ -45,12 +45,17 @@ class TrainState(NamedTuple):
 
 
 class Shardings(NamedTuple):
-    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars; and how the experts run there (None: as the compiler likes)."""
+    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars; and how experts and loss run there (None: as the compiler likes)."""
 
     params: Mapping[str, Sharding]
     batch: Sharding
     scalar: Sharding
     distribute: Distribute | None = None
+    distribute_loss: Callable[[Callable], Callable] | None = None
+
+    @property
+    def cross_entropy_sum(self) -> Callable:
+        return self.distribute_loss(cross_entropy_sum) if self.distribute_loss else cross_entropy_sum
 
 
 class Captured(NamedTuple):
@@ -123,7 +128,7 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
 
 
 def make_loss(
-    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
+    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, shardings: Shardings | None = None
 ) -> Callable:
     """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
 
@@ -131,15 +136,16 @@ def make_loss(
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
         expert_quant = plain_cast(dtype)
+    cross_entropy = shardings.cross_entropy_sum if shardings else cross_entropy_sum
 
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
-            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
+            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=shardings and shardings.distribute,
         )
         with jax.named_scope("loss"):
-            nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+            nll = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         nll = nll / total_weight
         aux = jnp.float32(0)
         if train.router_aux_loss_coef:
@@ -222,7 +228,7 @@ def make_train_step(
     When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
     """
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
+    loss = make_loss(config, train, expert_quant, shardings=shardings)
 
     def train_step(state: TrainState, batch):
         (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
@@ -254,13 +260,14 @@ def make_eval_step(
     """The compiled `eval_step(params, batch) -> (sum of weight * nll, sum of weights)` under the numerics of training, so the loss of a QAT run
     is that of its quantized weights. Sums, so that batches of different sizes average rightly."""
     dtype = jnp.dtype(train.compute_dtype)
+    cross_entropy = shardings.cross_entropy_sum if shardings else cross_entropy_sum
 
     def eval_step(params, batch):
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
             distribute=shardings and shardings.distribute,
         )  # fmt: skip
-        nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        nll = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
 
     return _jit(eval_step, shardings and (dict(shardings.params), shardings.batch), shardings and shardings.scalar, shardings)
@@ -273,7 +280,7 @@ def make_capture_step(
     without the update, handing out the expert weights that it computed with (unless `weights` is False: they are half the model) and the codes
     those were decoded from."""
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant, capture=True, distribute=shardings and shardings.distribute)
+    loss = make_loss(config, train, expert_quant, capture=True, shardings=shardings)
 
     def capture_step(state: TrainState, batch):
         (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)

@@ -9,7 +9,7 @@ import pytest
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.quant import default_policy, make_expert_quant
-from gptoss_jax.sharding import ShardingRules, batch_sharding, expert_parallel, make_mesh, param_shardings, replicated
+from gptoss_jax.sharding import ShardingRules, batch_sharding, expert_parallel, loss_parallel, make_mesh, param_shardings, replicated
 from gptoss_jax.sharding.rules import DEFAULT_TABLE
 from gptoss_jax.training.config import parse
 from gptoss_jax.training.step import Shardings, abstract_state, init_state, make_capture_step, make_loss, make_train_step
@@ -30,13 +30,13 @@ def setting(tiny_config):
 
 
 def layout(config, mesh):
-    return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh))
+    return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh), loss_parallel(mesh))
 
 
 def gradients(config, params, batch, quant, shardings=None):
     train = parse({"compute_dtype": "float32"})
     expert_quant = make_expert_quant(default_policy("mxfp4"), jnp.float32) if quant else None
-    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
+    loss = make_loss(config, train, expert_quant, shardings=shardings)
     run = jax.jit(jax.value_and_grad(lambda p, b: loss(p, {}, b, jnp.sum(b.loss_weights_BT), jnp.sum(b.segment_ids_BT > 0))[0]))
     if shardings:
         params, batch = jax.device_put(params, shardings.params), jax.device_put(batch, shardings.batch)
