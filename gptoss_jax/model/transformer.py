@@ -26,6 +26,7 @@ from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
 from gptoss_jax.ops.embedding import embedding
 from gptoss_jax.ops.remat import Remat, product, rematerialize
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import ExpertQuant, plain_cast
 
 Params = Mapping[str, Array]
@@ -150,7 +151,7 @@ def forward(
       remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
-      distribute: how experts run on a mesh (`gptoss_jax.sharding.expert_parallel`); None leaves their layout to the compiler.
+      distribute: how attention and experts run on a mesh (`gptoss_jax.sharding.distribution`); None leaves their layout to the compiler.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -158,7 +159,7 @@ def forward(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
     model = nnx.merge(graph, fill_state(state, dict(params)))
-    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
+    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim, dtype)
     context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend, distribute)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
@@ -179,4 +180,4 @@ def forward(
 def compute_logits(params: Params, hidden_BTD: Float[Array, "B T D"], dtype=jnp.float32) -> Float[Array, "B T V"]:
     """Unembedding: float32 logits from a product in `dtype` with float32 accumulation."""
     w_VD = params["lm_head.weight"].astype(dtype)
-    return jnp.einsum("btd,vd->btv", hidden_BTD.astype(dtype), w_VD, preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,vd->btv", hidden_BTD.astype(dtype), w_VD, preferred_element_type=wide(dtype))

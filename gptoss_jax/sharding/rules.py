@@ -77,8 +77,28 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules()
 
 
+def check_heads(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> None:
+    """Heads are cut between heads, each query head beside its kv head.
+
+    Raises:
+      UsageError: naming the sizes.
+    """
+    axes, kv_axes = rules.axes("heads", mesh), rules.axes("kv_heads", mesh)
+    if axes != kv_axes:
+        raise UsageError(f"rules 'heads' = {axes} and 'kv_heads' = {kv_axes} must be the same: a query head lies beside its kv head")
+    shards = math.prod(mesh.shape[a] for a in axes)
+    if config.num_key_value_heads % shards:
+        fits = [n for n in range(1, shards) if config.num_key_value_heads % n == 0]
+        raise UsageError(f"num_key_value_heads = {config.num_key_value_heads} does not divide by {'*'.join(axes)} = {shards}; it divides by {fits}")
+
+
 def param_shardings(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
-    """Sharding of every parameter by name."""
+    """Sharding of every parameter by name.
+
+    Raises:
+      UsageError: naming what cannot be laid out.
+    """
+    check_heads(config, mesh, rules)
     axes = logical_axes(config)
     return {name: NamedSharding(mesh, rules.spec(name, leaf.shape, axes[name], mesh)) for name, leaf in abstract_params(config).items()}
 

@@ -18,7 +18,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.quant import QuantPolicy, default_policy, make_expert_quant
-from gptoss_jax.sharding import batch_sharding, expert_parallel, loss_parallel, make_mesh, param_shardings, replicated
+from gptoss_jax.sharding import make_mesh
 from gptoss_jax.training.config import DataConfig, TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
@@ -56,8 +56,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
     """Layout on the mesh of the config; None on one device."""
     if train.mesh.size == 1:
         return None
-    mesh = make_mesh(**train.mesh.model_dump())
-    return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh), loss_parallel(mesh))
+    return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
 
 
 def _look_at(path: str) -> tuple[GptOssConfig, Path]:

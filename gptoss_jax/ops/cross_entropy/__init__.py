@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import Gather
 
 # float32 logits of one block of tokens stay below this many elements (64 Mi = 256 MiB; 333 tokens of gpt-oss)
@@ -24,7 +25,7 @@ MAX_BLOCK_LOGITS = 1 << 26
 
 
 def _logits(hidden_SD, w_VD, dtype):
-    return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=wide(dtype))
 
 
 def _picked(logits_SV, targets_S):
@@ -88,11 +89,11 @@ def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers):
         total += jnp.sum(weights_S * (top_S + jnp.log(sum_S) - _picked(logits_SV, targets_S)))
         is_target_SV = jnp.arange(vocab) == targets_S[:, None]
         dz_SV = (exp_SV * (weights_S / sum_S)[:, None] - jnp.where(is_target_SV, weights_S[:, None], 0)).astype(dtype)
-        dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=jnp.float32)
-        dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=jnp.float32)
+        dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=wide(dtype))
+        dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=wide(dtype))
         return (total, dw_VD), dhidden_SD.astype(hidden_BTD.dtype)
 
-    start = jnp.float32(0), jnp.zeros(w_cast_VD.shape, jnp.float32)
+    start = jnp.zeros((), wide(dtype)), jnp.zeros(w_cast_VD.shape, wide(dtype))
     (total, dw_VD), dhidden = lax.scan(body, start, _blocks(num_tokens, vocab, hidden_BTD, targets_BT, weights_BT))
     dhidden_BTD = dhidden.reshape(-1, hidden_BTD.shape[-1])[:num_tokens].reshape(hidden_BTD.shape)
     for gather in reversed(gathers):

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from gptoss_jax.data import Batch
 from gptoss_jax.model import GptOssConfig
 from gptoss_jax.ops.grouped_matmul import block_rows, max_slots
-from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES, batch_sharding, expert_parallel, loss_parallel, param_shardings, replicated
+from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES
 from gptoss_jax.training.config import MeshConfig, TrainConfig
 from gptoss_jax.training.step import Shardings, TrainState, abstract_state
 
@@ -51,8 +51,7 @@ class Layout:
         """
         if self.sizes.size == 1:
             return None
-        mesh = self.mesh
-        return Shardings(param_shardings(self.config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh), loss_parallel(mesh))
+        return Shardings.on(self.config, self.mesh)
 
     @cached_property
     def state(self) -> TrainState:
