@@ -81,6 +81,8 @@ def _print(plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from gptoss_jax.training.plan.memory import PHASES
+
     console = Console(width=120, highlight=False)
     gib = lambda n: f"{n / 2**30:.2f}"
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
@@ -94,13 +96,13 @@ def _print(plan: dict[str, Any]) -> None:
     console.print(f"parameters {counts['total'] / 1e9:.2f} G, {counts['per token'] / 1e9:.2f} G in products of a token (G: {parts})\n")
 
     memory = plan["memory"]
-    table = Table("held by one device", *(f"{phase}, GiB" for phase in ("loss", "backward", "optimizer")), "", box=None, pad_edge=False)
+    table = Table("held by one device", *(f"{phase}, GiB" for phase in PHASES), "", box=None, pad_edge=False)
     for column in table.columns[1:4]:
         column.justify = "right"
     for part in memory["parts"]:
-        table.add_row(part["name"], *(gib(part["bytes"]) if p in part["phases"] else "" for p in ("loss", "backward", "optimizer")), part["source"])
+        table.add_row(part["name"], *(gib(part["bytes"]) if phase in part["phases"] else "" for phase in PHASES), part["source"])
     total = lambda phase: sum(part["bytes"] for part in memory["parts"] if phase in part["phases"])
-    table.add_row("together", *(gib(total(phase)) for phase in ("loss", "backward", "optimizer")), "")
+    table.add_row("together", *(gib(total(phase)) for phase in PHASES), "")
     console.print(table)
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     console.print(f"peak {gib(memory['peak'])} GiB ({memory['peak_phase']}) of {gib(memory['usable'])} usable: {verdict} ({memory['usable_source']})\n")

@@ -1,8 +1,8 @@
 """The loss on a mesh: each device has the logits of its own tokens, over the whole vocabulary.
 
-The unembedding is put together in the compute dtype, its gradient summed in float32 and cut again. Left to the compiler, the loop over blocks of tokens
-runs over the tokens of all devices, cuts the hidden dim over fsdp and sums a block's logits over it: 268 MB for 333 tokens of gpt-oss, 92 GB sent by
-each device in a step of 65,536 tokens on 8. Devices along `tensor`, which have the same hidden states, share the tokens.
+The unembedding is put together in the compute dtype, its gradient summed in float32 and cut again. Left to the compiler, the loop over blocks of
+tokens runs over the tokens of all devices, cuts the hidden dim over fsdp and sums a block's logits over it: 268 MB for 333 tokens of gpt-oss, 92 GB
+sent by each device in a step of 65,536 tokens on 8. Devices along `tensor`, which have the same hidden states, share the tokens.
 """
 
 import math

@@ -22,6 +22,7 @@ from gptoss_jax.sharding import make_mesh
 from gptoss_jax.training.config import DataConfig, TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
+from gptoss_jax.training.plan import present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.yaml_config import dump_config
@@ -50,6 +51,17 @@ def load_packed(path: str, tokenizer: Any, data: DataConfig) -> Packed:
     system = system_text(data.system_date, data.reasoning_effort) if data.system_date else None
     documents = encode_conversations(load_rows(path).rows, tokenizer, system=system, train_on=data.loss)
     return pack(documents, data.row_length, packed=data.packing, too_long=data.too_long)
+
+
+def with_mesh(train: TrainConfig, config: GptOssConfig) -> TrainConfig:
+    """The config with `mesh: auto` resolved for all devices present.
+
+    Raises:
+      UsageError: no mesh fits, or the kind of device is unknown.
+    """
+    if not train.mesh.auto:
+        return train
+    return train.model_copy(update={"mesh": proposed_mesh(config, train, present_device(), len(jax.devices()))})
 
 
 def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None:
@@ -89,12 +101,15 @@ def run_stage(
     with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
         config, directory = (model.config, model.directory) if model else _look_at(train.model)
         policy = quant_policy(train, config)
+        automatic, train = train.mesh.auto, with_mesh(train, config)
         shardings = make_shardings(train, config)
         tokenizer = load_tokenizer(directory)
         packed = load_packed(train.data.train, tokenizer, train.data)
         held_out = load_packed(train.data.eval, tokenizer, train.data) if train.data.eval else None
         train = train.with_steps(len(packed.rows.tokens_BT))
         progress = progress or Progress(train.steps)
+        if automatic:
+            progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))

@@ -50,7 +50,7 @@ DEVICES = {
         _gpu("h100", 989.4, 79, 3.35, 450, 50),
         # NVIDIA H200 data sheet: products as H100, 141 GB at 4.8 TB/s
         _gpu("h200", 989.4, 139, 4.8, 450, 50),
-        # NVIDIA DGX B200 data sheet: 72 PFLOPS FP8 of 8 GPUs with sparsity, a quarter of it dense BF16; 1,440 GB at 64 TB/s, NVLink 1.8 TB/s; 400 Gb/s
+        # NVIDIA DGX B200 data sheet: 72 PFLOPS FP8 of 8 GPUs with sparsity, a quarter of it dense BF16; 1,440 GB at 64 TB/s; NVLink 1.8 TB/s
         _gpu("b200", 2250, 178, 8.0, 900, 50),
         # NVIDIA GB200 NVL72 data sheet: 360 PFLOPS BF16 of 72 GPUs with sparsity; 13.4 TB at 576 TB/s, NVLink 130 TB/s between all 72; 400 Gb/s
         _gpu("gb200", 2500, 184, 8.0, 900, 50, per_node=72),

@@ -1,4 +1,4 @@
-"""How a training config lies on so many devices, without the devices: an abstract mesh, shapes of the state, and the sizes that all else follows from.
+"""How a training config lies on so many devices, without the devices: an abstract mesh, shapes of the state, and the sizes that follow from them.
 
 Legend: S tokens of a device's microbatch  E experts of a device while it computes  P slots of its expert buffer
 """

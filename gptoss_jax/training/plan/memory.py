@@ -10,11 +10,7 @@ estimated from the shapes of the operations: a compiler may keep more (copies be
 Legend: S tokens of a device's microbatch  P slots of the expert buffer  D hidden  U=2F gate and up  F expert hidden  V vocabulary
 """
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
-
-import jax
 
 from gptoss_jax.model.config import FULL
 from gptoss_jax.ops.cross_entropy import MAX_BLOCK_LOGITS
@@ -113,7 +109,7 @@ def weight_gradients(layout: Layout) -> int:
 
 
 def memory(layout: Layout) -> Memory:
-    """All parts, largest peak first to be asked for by `Memory.peak`."""
+    """All parts of one device."""
     config, train, c = layout.config, layout.train, layout.compute_bytes
     state = layout.state
     trained, _ = split_frozen(state.params, train.freeze)
@@ -134,8 +130,9 @@ def memory(layout: Layout) -> Memory:
         Part(f"moments, {train.optimizer.first_moment} and {train.optimizer.second_moment}", moments, COMPUTED),
         Part("batch and counters", other, COMPUTED),
     ]
+    experts = {name for name in state.params if name.endswith(PROJECTIONS)}
     if train.cast_at == "step":
-        stored = sum(device_bytes(state.params[name]) for name in state.params if name.endswith(PROJECTIONS)) // layout.master_bytes
+        stored = device_bytes({name: state.params[name] for name in experts}) // layout.master_bytes
         parts.append(Part("compute weights of all experts (cast_at: step)", stored * c, ESTIMATED))
     if accumulated:
         parts.append(Part("gradients summed over microbatches, float32", 4 * trained_elements, ESTIMATED))
@@ -143,7 +140,7 @@ def memory(layout: Layout) -> Memory:
         Part(f"gradients, {train.master_dtype}", trained_bytes, ESTIMATED, ("backward",) if accumulated else ("backward", "optimizer")),
         Part(f"kept of the layers (remat: {train.remat})", kept_values(layout), ESTIMATED, ("loss", "backward")),
         Part("experts of a layer, decoded", decoded_weights(layout), ESTIMATED, ("backward",)),
-        Part("weight gradients of a layer's experts", weight_gradients(layout), ESTIMATED, ("backward",)),
+        Part("weight gradients of a layer's experts", weight_gradients(layout) if experts & set(trained) else 0, ESTIMATED, ("backward",)),
         Part(f"values and gradients of a layer ({layout.slots:,} expert slots)", differentiated_layer(layout), ESTIMATED, ("backward",)),
         Part("a block of logits and its gradients", block * (8 + c), ESTIMATED, ("loss",)),
         Part("unembedding: compute weights, float32 gradient", vocabulary * (c + 4), ESTIMATED, ("loss",)),

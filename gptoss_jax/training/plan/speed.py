@@ -6,8 +6,7 @@ docs/performance-summary.mdx: 20b on 8, 120b on 64 GPUs), communication and memo
 
 from typing import NamedTuple
 
-from gptoss_jax.model.config import FULL
-from gptoss_jax.model.flops import forward_flops, train_flops, visible_pairs
+from gptoss_jax.model.flops import forward_flops, train_flops
 from gptoss_jax.training.optimizer import split_frozen
 from gptoss_jax.training.plan.devices import Device
 from gptoss_jax.training.plan.layout import Layout, device_bytes
@@ -46,21 +45,12 @@ class Speed(NamedTuple):
         return self.tokens / (max(self.compute, self.memory) + self.communication)
 
 
-def _last_shard(layout: Layout) -> int:
-    """Useful operations of a forward pass beyond an even share, on all devices together, because the last part of a causal row sees most keys."""
-    config, length, cut = layout.config, layout.train.data.row_length, layout.sizes.context
-    pairs = visible_pairs(length, None)
-    last = pairs - visible_pairs(length - length // cut, None)
-    full = sum(kind == FULL for kind in config.layer_types)
-    return 4 * config.num_attention_heads * config.head_dim * full * layout.train.batch.rows * (last * cut - pairs)
-
-
 def speed(layout: Layout, device: Device, efficiency: float = EFFICIENCY) -> Speed:
     config, train = layout.config, layout.train
     rows, length, devices = train.batch.rows, train.data.row_length, layout.sizes.size
     useful = train_flops(config, rows, length)
     layers = forward_flops(config, rows, length, logits=False)
-    executed = useful + (layers if train.remat == "layer" else 0) + _last_shard(layout) * (4 if train.remat == "layer" else 3)
+    executed = useful + (layers if train.remat == "layer" else 0)
     compute = executed / devices / (device.peak_flops * efficiency)
     return Speed(
         compute, _moved_bytes(layout) / device.memory_rate, sum(c.seconds for c in traffic(layout, device)), useful, executed, rows * length

@@ -4,8 +4,9 @@ A group of n devices that puts together (all-gather) or sums and cuts (reduce-sc
 sum that all keep (all-reduce) sends twice that. Within a node the rate is that of its links; a group that spans nodes is limited by the network cards
 of its members in a node, one card each, if that is less.
 
-Backward passes repeat what the forward pass gathered unless `remat: none` keeps it. Gradients are summed in float32. The collectives of experts and
-context are written out in the program; those of attention's and the vocabulary's weights are the compiler's choice: what is listed is what fsdp needs.
+Backward passes repeat what the forward pass gathered unless `remat: none` keeps it. Gradients are summed in float32. The collectives of experts,
+context and unembedding are written out in the program; those of attention's and the embedding's weights are the compiler's choice: what is listed is
+what fsdp needs.
 """
 
 import math
@@ -71,7 +72,8 @@ def traffic(layout: Layout, device: Device) -> list[Collective]:
     add(f"experts' {encoded}", "all-gather", gathered, elements * layout.code_bytes, passes * layers * microbatches)
     add("experts' gradients, float32", "reduce-scatter", gathered, 4 * elements, share * layers * microbatches)
     copies = tuple(a for a in token_axes if a not in cut)
-    add(f"experts' gradients, {train.master_dtype}", "all-reduce", copies, layout.master_bytes * elements / layout.gathered, share * layers * microbatches)
+    stored = layout.master_bytes * elements / layout.gathered
+    add(f"experts' gradients, {train.master_dtype}", "all-reduce", copies, stored, share * layers * microbatches)
     rows = layout.exchanged_tokens * config.hidden_size * c
     exchange = tuple(a for a in cut if a not in gathered and a in token_axes)
     summed = tuple(a for a in cut if a not in gathered and a not in token_axes)
@@ -83,7 +85,9 @@ def traffic(layout: Layout, device: Device) -> list[Collective]:
     full = sum(kind == FULL for kind in config.layer_types)
     keys = 2 * layout.rows * heads * config.head_dim * c
     add("keys and values of full layers", "all-gather", axes("length"), keys * train.data.row_length, passes * full * microbatches)
-    add("their gradients", "reduce-scatter", axes("length"), keys * train.data.row_length, full * microbatches)
+    add("their gradients, float32", "reduce-scatter", axes("length"), 4 / c * keys * train.data.row_length, full * microbatches)
+    queries = 2 * layout.tokens * config.num_attention_heads // layout.sizes.tensor * config.head_dim * c
+    add("queries and outputs, dealt evenly", "neighbours", axes("length"), queries, (passes + 1) * full * microbatches)
     add("window at the border", "neighbours", axes("length"), keys * config.sliding_window, (passes + 1) * (layers - full) * microbatches)
     add("attention output", "all-reduce", axes("heads"), layout.tokens * config.hidden_size * c, (passes + 1) * layers * microbatches)
     # everything else: cut over `embed`, whole to compute
