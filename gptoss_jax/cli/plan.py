@@ -105,7 +105,8 @@ def _print(plan: dict[str, Any]) -> None:
     table.add_row("together", *(gib(total(phase)) for phase in PHASES), "")
     console.print(table)
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
-    console.print(f"peak {gib(memory['peak'])} GiB ({memory['peak_phase']}) of {gib(memory['usable'])} usable: {verdict} ({memory['usable_source']})\n")
+    console.print(f"peak {gib(memory['peak'])} GiB ({memory['peak_phase']}) of {gib(memory['usable'])} usable: {verdict} "
+                  f"({memory['usable_source']})\n")  # fmt: skip
 
     if plan["communication"]["collectives"]:
         table = Table("sent by one device in a step", "collective", "over", "GB", "ms", box=None, pad_edge=False)

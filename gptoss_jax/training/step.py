@@ -12,7 +12,7 @@ Legend: A microbatches  B rows  T tokens of a row  C blocks  Q block size
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +89,14 @@ def _init(config: GptOssConfig, train: TrainConfig) -> Callable[[Params], TrainS
     return init
 
 
+@lru_cache(maxsize=8)
+def _abstract(config: GptOssConfig, train: TrainConfig) -> TrainState:
+    return jax.eval_shape(_init(config, train), abstract_params(config, jnp.dtype(train.master_dtype)))
+
+
 def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None = None) -> TrainState:
     """Shapes, dtypes (and shardings) of the state; allocates nothing. The target of a restore."""
-    state = jax.eval_shape(_init(config, train), abstract_params(config, jnp.dtype(train.master_dtype)))
+    state = _abstract(config, train)
     if shardings is None:
         return state
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -16,7 +16,7 @@ from gptoss_jax.data import Batch
 from gptoss_jax.model import GptOssConfig
 from gptoss_jax.ops.grouped_matmul import block_rows, max_slots
 from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES
-from gptoss_jax.training.config import MeshConfig, TrainConfig
+from gptoss_jax.training.config import BatchConfig, MeshConfig, TrainConfig
 from gptoss_jax.training.step import Shardings, TrainState, abstract_state
 
 
@@ -55,8 +55,10 @@ class Layout:
 
     @cached_property
     def state(self) -> TrainState:
-        """Shapes, dtypes and shardings of all that a step takes and gives back. One step long: the length of the run changes no shape."""
-        return abstract_state(self.config, self.train.model_copy(update={"steps": 1, "epochs": None}), self.shardings)
+        """Shapes, dtypes and shardings of all that a step takes and gives back."""
+        # what changes no shape is left out, so that a search traces the state once
+        same = dict(steps=1, epochs=None, batch=BatchConfig(), mesh=MeshConfig(), remat="layer")
+        return abstract_state(self.config, self.train.model_copy(update=same), self.shardings)
 
     @cached_property
     def batch(self) -> Batch:
