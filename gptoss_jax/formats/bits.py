@@ -42,7 +42,7 @@ def block_maximum(bits: Int32[Array, "*batch C Q"]) -> Int32[Array, "*batch C 1"
     float32 into code that takes 0.285 ns per element on two cores (AVX-512), and this one into 0.086.
     """
     keys = (bits << 1) ^ jnp.int32(-(2**31))
-    return lax.shift_right_logical(jnp.max(keys, axis=-1, keepdims=True) ^ jnp.int32(-(2**31)), 1)
+    return lax.shift_right_logical(jnp.max(keys, axis=-1, keepdims=True) ^ jnp.int32(-(2**31)), jnp.int32(1))
 
 
 def normalized(mag: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:

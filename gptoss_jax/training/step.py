@@ -134,6 +134,14 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
     return {**params, **{name: weight for name, (weight, _) in made.items()}}, {name: codes for name, (_, codes) in made.items()}
 
 
+def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute | None) -> Float[Array, ""]:
+    """Sum of weight * nll over the tokens of a batch."""
+    run = lambda *arrays, gathers=(): cross_entropy_sum(*arrays, dtype, gathers)
+    if distribute is not None:
+        run = distribute.loss(run)
+    return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
+
+
 def make_loss(
     config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
 ) -> Callable:
@@ -143,7 +151,6 @@ def make_loss(
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
         expert_quant = plain_cast(dtype)
-    cross_entropy = distribute.loss(cross_entropy_sum) if distribute else cross_entropy_sum
 
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
@@ -152,7 +159,7 @@ def make_loss(
             remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
         )
         with jax.named_scope("loss"):
-            nll = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+            nll = _loss_sum(out.hidden_BTD, params, batch, dtype, distribute)
         nll = nll / total_weight
         aux = jnp.float32(0)
         if train.router_aux_loss_coef:
@@ -267,14 +274,13 @@ def make_eval_step(
     """The compiled `eval_step(params, batch) -> (sum of weight * nll, sum of weights)` under the numerics of training, so the loss of a QAT run
     is that of its quantized weights. Sums, so that batches of different sizes average rightly."""
     dtype = jnp.dtype(train.compute_dtype)
-    cross_entropy = shardings.distribute.loss(cross_entropy_sum) if shardings and shardings.distribute else cross_entropy_sum
 
     def eval_step(params, batch):
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
             distribute=shardings and shardings.distribute,
         )  # fmt: skip
-        nll = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        nll = _loss_sum(out.hidden_BTD, params, batch, dtype, shardings and shardings.distribute)
         return nll, jnp.sum(batch.loss_weights_BT)
 
     return _jit(eval_step, shardings and (dict(shardings.params), shardings.batch), shardings and shardings.scalar, shardings)

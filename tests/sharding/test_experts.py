@@ -1,4 +1,4 @@
-"""Experts over mesh axes: loss, every gradient and every code are those of one device, and what travels are codes."""
+"""Experts over mesh axes: every code is that of one device, and what travels are codes. Loss and gradients: test_float64.py."""
 
 import re
 
@@ -12,47 +12,14 @@ from gptoss_jax.quant import default_policy, make_expert_quant
 from gptoss_jax.sharding import ShardingRules, expert_parallel, make_mesh
 from gptoss_jax.sharding.rules import DEFAULT_TABLE
 from gptoss_jax.training.config import parse
-from gptoss_jax.training.step import Shardings, abstract_state, init_state, make_capture_step, make_loss, make_train_step
+from gptoss_jax.training.step import Shardings, abstract_state, init_state, make_capture_step, make_train_step
 from scripts.bench.batches import random_batch
-from tests.support.params import lively_params
-
-MESHES = [dict(expert=2), dict(expert=8), dict(fsdp=4), dict(data=2, fsdp=2, expert=2), dict(fsdp=2, expert=2, tensor=2), dict(tensor=2, data=2)]
+from tests.sharding.uneven import uneven
 
 
 @pytest.fixture(scope="module")
 def setting(tiny_config):
-    params = lively_params(tiny_config)
-    # one expert is never chosen in the first layers, another by nearly all tokens
-    for name in params:
-        if name.endswith("router.bias"):
-            params[name] = params[name].at[..., 2].add(-100.0).at[..., 5].add(5.0)
-    return tiny_config, params, random_batch(tiny_config.vocab_size, rows=8, length=24, seed=3)
-
-
-def gradients(config, params, batch, quant, shardings=None):
-    train = parse({"compute_dtype": "float32"})
-    expert_quant = make_expert_quant(default_policy("mxfp4"), jnp.float32) if quant else None
-    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
-    run = jax.jit(jax.value_and_grad(lambda p, b: loss(p, {}, b, jnp.sum(b.loss_weights_BT), jnp.sum(b.segment_ids_BT > 0))[0]))
-    if shardings:
-        params, batch = jax.device_put(params, shardings.params), jax.device_put(batch, shardings.batch)
-    with jax.default_matmul_precision("highest"):
-        return jax.device_get(run(params, batch))
-
-
-@pytest.mark.parametrize("quant", [False, True], ids=["sft", "qat"])
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()))
-def test_loss_and_gradients_equal_one_device(setting, sizes, quant):
-    config, params, batch = setting
-    loss, grads = gradients(config, params, batch, quant)
-    sharded_loss, sharded = gradients(config, params, batch, quant, Shardings.on(config, make_mesh(**sizes)))
-    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
-    for name, grad in grads.items():
-        scale = np.abs(grad).max()
-        assert scale > 0, name
-        # a router's gradient is a difference of large sums: its own rounding on one device is of this size
-        tolerance = 5e-5 if ".router." in name else 1e-5
-        np.testing.assert_allclose(sharded[name], grad, atol=tolerance * scale, rtol=0, err_msg=name)
+    return tiny_config, *uneven(tiny_config)
 
 
 def capture(config, params, batch, fmt, shardings=None):

@@ -1,30 +1,57 @@
-"""What the compiled step does per token stays with the tokens: no device sees the logits or the routing of others."""
+"""The cross-entropy on meshes: that of one device, and logits never travel."""
 
-import dataclasses
+import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from gptoss_jax.data import Batch
-from gptoss_jax.sharding import make_mesh
-from gptoss_jax.training.config import parse
-from gptoss_jax.training.step import Shardings, abstract_state, make_train_step
+from gptoss_jax.ops import cross_entropy
+from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.ops.cross_entropy.reference import cross_entropy_sum_reference
+from gptoss_jax.sharding import loss_parallel, make_mesh
+
+B, V, D = 4, 40, 24
+MESHES = [(dict(fsdp=2, context=4), 16), (dict(data=2, context=2, tensor=2), 12), (dict(fsdp=4, tensor=2), 15)]
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=4, expert=2), dict(fsdp=2, context=2, tensor=2)], ids=["fsdp4-expert2", "fsdp2-context2-tensor2"])
-def test_neither_logits_nor_router_logits_travel(tiny_config, sizes):
-    config = dataclasses.replace(tiny_config, vocab_size=1600, num_hidden_layers=2, layer_types=())
-    shardings = Shardings.on(config, make_mesh(**sizes))
-    train = parse({"steps": 3, "batch": {"rows": 8}})
-    batch = Batch(*(jax.ShapeDtypeStruct((8, 48), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
-    text = make_train_step(config, train, None, shardings).lower(abstract_state(config, train, shardings), batch).compile().as_text()
-    moved = re.findall(r"= \(?(\w+\[[\d,]*\])\S*[^=]*? (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", text)
-    assert len(moved) > 10
-    tokens = 8 * 48
-    dims = [(kind, [int(n) for n in re.search(r"\[([\d,]*)\]", shape).group(1).split(",") if n]) for shape, kind in moved]
-    # [tokens, vocab] of logits, [tokens, experts] of routing; the unembedding [vocab, hidden] does travel
-    wide = [(kind, d) for kind, d in dims if d and d[-1] == config.vocab_size]
-    routing = [(kind, d) for kind, d in dims if len(d) > 1 and d[-1] == config.num_local_experts and d[-2] >= tokens]
-    assert not wide and not routing, (wide, routing)
+def inputs(length, dtype):
+    rng = np.random.default_rng(0)
+    hidden, w, weights = rng.standard_normal((B, length, D)), rng.standard_normal((V, D)), rng.random((B, length))
+    return hidden.astype(dtype), w.astype(dtype), rng.integers(0, V, (B, length)).astype(np.int32), weights.astype(dtype)
+
+
+def on_mesh(sizes, dtype):
+    return loss_parallel(make_mesh(**sizes))(lambda *arrays, gathers=(): cross_entropy_sum(*arrays, jnp.dtype(dtype), gathers))
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MAX_BLOCK_LOGITS", 3 * V)
+
+
+@pytest.mark.parametrize("sizes,length", MESHES, ids=["length", "length-and-tensor", "length-that-tensor-does-not-divide"])
+def test_loss_and_gradients_equal_one_device(sizes, length):
+    with jax.enable_x64(True):
+        hidden, w, targets, weights = inputs(length, np.float64)
+        run = lambda function: jax.jit(jax.value_and_grad(lambda hidden, w: 3 * function(hidden, w, targets, weights), argnums=(0, 1)))(hidden, w)
+        expected = run(partial(cross_entropy_sum_reference, dtype=jnp.float64))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), run(on_mesh(sizes, "float64")), expected)
+        only_value = jax.jit(on_mesh(sizes, "float64"))(hidden, w, targets, weights)
+        np.testing.assert_allclose(3 * only_value, expected[0], rtol=1e-12)
+
+
+def test_what_travels_is_the_unembedding_and_its_gradient():
+    """Compiled with the layout of parameters and batch: whole [V, D] once each, the loss itself, and nothing of the size of logits."""
+    mesh = make_mesh(fsdp=8)
+    place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+    hidden, w, targets, weights = (jnp.tile(x, (2, *[1] * (x.ndim - 1))) if x.shape[0] == B else x for x in inputs(16, np.float32))
+    grads = jax.jit(jax.grad(on_mesh(dict(fsdp=8), "bfloat16"), argnums=(0, 1)))
+    compiled = grads.lower(place(hidden.astype(jnp.bfloat16), "fsdp"), place(w, None, "fsdp"), place(targets, "fsdp"), place(weights, "fsdp")).compile()
+    moved = {}
+    for dims, kind in re.findall(r"= \w+\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)\(", compiled.as_text()):
+        moved[kind] = max(moved.get(kind, 0), math.prod(int(n) for n in dims.split(",") if n))
+    assert moved == {"all-gather": V * D, "reduce-scatter": V * D // 8, "all-reduce": 1}

@@ -57,11 +57,11 @@ def compiled(config, train, layout):
     return step.lower(abstract_state(config, train, shardings), batch).compile().memory_analysis()
 
 
-@pytest.mark.parametrize("model", ["nano", "small"])
-@pytest.mark.parametrize("sizes,changes", [
-    ({"fsdp": 8}, {}),
-    ({"fsdp": 2, "expert": 2, "data": 2}, {"quant": {"format": "mxfp4"}, **COMPACT}),
-], ids=["sft-fsdp8", "qat-compact-data2-fsdp2-expert2"])  # fmt: skip
+@pytest.mark.parametrize("model,sizes,changes", [
+    ("nano", {"fsdp": 8}, {}),
+    ("small", {"fsdp": 2, "context": 2, "tensor": 2}, {"batch": {"rows": 8, "accumulation": 2}}),
+    ("small", {"fsdp": 2, "expert": 2, "data": 2}, {"quant": {"format": "mxfp4"}, **COMPACT}),
+], ids=["nano-fsdp8", "context2-tensor2", "qat-compact-expert2"])  # fmt: skip
 def test_arguments_and_outputs_are_those_of_the_compiled_program(model, sizes, changes):
     config = architecture("nano")[0] if model == "nano" else dataclasses.replace(CONFIG, num_local_experts=8)
     train = parse({"steps": 1, "batch": {"rows": 8}, "data": {"row_length": 64}, "mesh": sizes, **changes})

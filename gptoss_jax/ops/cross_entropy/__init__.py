@@ -10,7 +10,7 @@ from forward to backward are the gradients themselves.
 Legend: B batch  T tokens of a row  S tokens  D hidden  V vocabulary
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ MAX_BLOCK_LOGITS = 1 << 26
 
 
 def _logits(hidden_SD, w_VD, dtype):
+    """In the dtype of sums."""
     return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=wide(dtype))
 
 
@@ -45,10 +46,7 @@ def _blocks(num_tokens: int, vocab: int, *arrays: Array) -> tuple[Array, ...]:
 
 
 def _whole(w_VD, dtype, gathers):
-    w_VD = w_VD.astype(dtype)
-    for gather in gathers:
-        w_VD = gather.whole(w_VD)
-    return w_VD
+    return reduce(lambda x, gather: gather.whole(x), gathers, w_VD.astype(dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -62,17 +60,20 @@ def cross_entropy_sum(
 ) -> Float[Array, ""]:
     """Sum over tokens of `weight * -log softmax(hidden @ w.T)[target]`, float32. Differentiable in hidden and w.
 
+    Inside a `jax.shard_map` w may be a shard: `gathers`, in turn, make its cast whole, and its gradient comes back as the shard of the float32 sum
+    over those devices.
+
     Products run in `dtype` with float32 accumulation; the gradient of w is summed over blocks in float32 and returned in w's own dtype, so pass
-    the master weights. Inside a `jax.shard_map` with `gathers`, w is a shard, which they make whole in `dtype`, and so is its gradient, summed over
-    the devices in float32; the result is the sum over this device's tokens.
+    the master weights.
     """
-    w_VD = _whole(w_VD, dtype, gathers)
+
+    w_cast_VD = _whole(w_VD, dtype, gathers)
 
     def block_sum(hidden_SD, targets_S, weights_S):
-        logits_SV = _logits(hidden_SD, w_VD, dtype)
+        logits_SV = _logits(hidden_SD, w_cast_VD, dtype)
         return jnp.sum(weights_S * (jax.nn.logsumexp(logits_SV, axis=1) - _picked(logits_SV, targets_S)))
 
-    return jnp.sum(lax.map(lambda xs: block_sum(*xs), _blocks(targets_BT.size, w_VD.shape[0], hidden_BTD, targets_BT, weights_BT)))
+    return jnp.sum(lax.map(lambda xs: block_sum(*xs), _blocks(targets_BT.size, w_cast_VD.shape[0], hidden_BTD, targets_BT, weights_BT)))
 
 
 def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers):
