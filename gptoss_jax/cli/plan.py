@@ -96,13 +96,14 @@ def _print(plan: dict[str, Any]) -> None:
     console.print(f"parameters {counts['total'] / 1e9:.2f} G, {counts['per token'] / 1e9:.2f} G in products of a token (G: {parts})\n")
 
     memory = plan["memory"]
-    table = Table("held by one device", *(f"{phase}, GiB" for phase in PHASES), "", box=None, pad_edge=False)
-    for column in table.columns[1:4]:
+    phases = [phase for phase in PHASES if any(phase in part["phases"] for part in memory["parts"])]
+    table = Table("held by one device, GiB", *phases, "", box=None, pad_edge=False)
+    for column in table.columns[1:-1]:
         column.justify = "right"
     for part in memory["parts"]:
-        table.add_row(part["name"], *(gib(part["bytes"]) if phase in part["phases"] else "" for phase in PHASES), part["source"])
+        table.add_row(part["name"], *(gib(part["bytes"]) if phase in part["phases"] else "" for phase in phases), part["source"])
     total = lambda phase: sum(part["bytes"] for part in memory["parts"] if phase in part["phases"])
-    table.add_row("together", *(gib(total(phase)) for phase in PHASES), "")
+    table.add_row("together", *(gib(total(phase)) for phase in phases), "")
     console.print(table)
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     console.print(f"peak {gib(memory['peak'])} GiB ({memory['peak_phase']}) of {gib(memory['usable'])} usable: {verdict} "

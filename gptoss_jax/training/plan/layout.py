@@ -118,6 +118,11 @@ class Layout:
     @property
     def code_bytes(self) -> float:
         """Bytes per expert weight that travel when experts are put together: codes with their scales, or the compute dtype."""
-        if self.train.quant is None or self.train.cast_at == "step":
-            return self.compute_bytes
+        return self.compute_bytes if self.train.quant is None or self.train.cast_at == "step" else self.stored_code_bytes
+
+    @property
+    def stored_code_bytes(self) -> float:
+        """Bytes per expert weight of codes and scales; 0 in SFT."""
+        if self.train.quant is None:
+            return 0
         return 0.5 + (1 / 32 if self.train.quant.format == "mxfp4" else 1 / 16)

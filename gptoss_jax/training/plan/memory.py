@@ -1,8 +1,9 @@
-"""Bytes that one device holds, part by part, at the three moments of a step that can be its peak.
+"""Bytes that one device holds, part by part, at the moments that can be its peak: three of a step, and the checkpoint of a QAT run.
 
     loss        state + kept values of the layers + a block of logits, its gradients, and the gradient of the unembedding
     backward    state + kept values + gradients + one period of layers recomputed and differentiated
     optimizer   state + gradients + what the update copies
+    checkpoint  state + codes of all experts, which are hashed, + the forward pass of a layer (QAT)
 
 Masters, moments and the batch are computed from the shapes and shardings of the program itself: they are its arguments, byte for byte. All else is
 estimated from the shapes of the operations: a compiler may keep more (copies between layouts) or less (values that fuse away).
@@ -19,7 +20,8 @@ from gptoss_jax.training.optimizer import split_frozen
 from gptoss_jax.training.plan.layout import Layout, device_bytes
 
 COMPUTED, ESTIMATED, ASSUMED = "computed", "estimated", "assumed"
-PHASES = ("loss", "backward", "optimizer")
+STEP = ("loss", "backward", "optimizer")
+PHASES = (*STEP, "checkpoint")
 
 
 class Part(NamedTuple):
@@ -118,10 +120,15 @@ def memory(layout: Layout) -> Memory:
     largest = max(device_bytes(state.params[name]) for name in trained) // layout.master_bytes
     vocabulary = config.vocab_size * config.hidden_size
     block = min(layout.tokens, max(1, MAX_BLOCK_LOGITS // config.vocab_size)) * config.vocab_size
+    experts = {name for name in state.params if name.endswith(PROJECTIONS)}
     accumulated = train.batch.accumulation > 1
     residual = state.opt_state[-1] if train.optimizer.master_residual else {}
     moments = device_bytes(state.opt_state) - device_bytes(residual)
     other = device_bytes((state.step, state.skipped, state.skipped_in_row, layout.batch))
+
+    forward = max(sum(layer_bytes(layout, kind)) for kind in config.layer_types)
+    stored_elements = device_bytes({name: state.params[name] for name in experts}) // layout.master_bytes
+    codes = int(stored_elements * layout.stored_code_bytes)
 
     parts = [Part(f"masters, {train.master_dtype}", device_bytes(state.params), COMPUTED)]
     if residual:
@@ -130,20 +137,22 @@ def memory(layout: Layout) -> Memory:
         Part(f"moments, {train.optimizer.first_moment} and {train.optimizer.second_moment}", moments, COMPUTED),
         Part("batch and counters", other, COMPUTED),
     ]
-    experts = {name for name in state.params if name.endswith(PROJECTIONS)}
     if train.cast_at == "step":
-        stored = device_bytes({name: state.params[name] for name in experts}) // layout.master_bytes
-        parts.append(Part("compute weights of all experts (cast_at: step)", stored * c, ESTIMATED))
+        parts.append(Part("compute weights of all experts (cast_at: step)", stored_elements * c, ESTIMATED))
     if accumulated:
-        parts.append(Part("gradients summed over microbatches, float32", 4 * trained_elements, ESTIMATED))
+        parts.append(Part("gradients summed over microbatches, float32", 4 * trained_elements, ESTIMATED, STEP))
     parts += [
         Part(f"gradients, {train.master_dtype}", trained_bytes, ESTIMATED, ("backward",) if accumulated else ("backward", "optimizer")),
         Part(f"kept of the layers (remat: {train.remat})", kept_values(layout), ESTIMATED, ("loss", "backward")),
-        Part("experts of a layer, decoded", decoded_weights(layout), ESTIMATED, ("backward",)),
+        Part("experts of a layer, decoded", decoded_weights(layout), ESTIMATED, ("backward", "checkpoint")),
         Part("weight gradients of a layer's experts", weight_gradients(layout) if experts & set(trained) else 0, ESTIMATED, ("backward",)),
         Part(f"values and gradients of a layer ({layout.slots:,} expert slots)", differentiated_layer(layout), ESTIMATED, ("backward",)),
+        Part("values of a layer, forward alone", forward, ESTIMATED, ("checkpoint",)),
+        Part("codes of all experts", codes, ESTIMATED, ("checkpoint",)),
         Part("a block of logits and its gradients", block * (8 + c), ESTIMATED, ("loss",)),
         Part("unembedding: compute weights, float32 gradient", vocabulary * (c + 4), ESTIMATED, ("loss",)),
         Part("optimizer: copy of a residual" if residual else "optimizer", largest if residual else 0, ESTIMATED, ("optimizer",)),
     ]
-    return Memory(tuple(part for part in parts if part.num_bytes))
+    if train.quant is None:  # nothing is hashed
+        parts = [part._replace(phases=tuple(phase for phase in part.phases if phase != "checkpoint")) for part in parts]
+    return Memory(tuple(part for part in parts if part.num_bytes and part.phases))
