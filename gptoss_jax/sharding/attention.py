@@ -9,8 +9,8 @@ which is why there is no ring: that would save this memory, and wait for a neigh
 
 Causal attention is uneven: of P devices the last one's queries see 2 - 1/P times the mean of keys. So every device's queries are halved, and the
 halves are dealt out anew for the product: device r computes half r and half 2P-1-r of the row's 2P halves, which together see the same number of
-keys everywhere. Queries and outputs travel, once each (128 MiB per device and layer for gpt-oss at 131,072 tokens on 8 devices); the order of tokens
-in the batch, positions and everything else in the model stay as they are.
+keys everywhere. Queries and outputs travel (128 MiB each per device and layer for gpt-oss at 131,072 tokens on 8 devices); the order of tokens in
+the batch, positions and everything else in the model stay as they are.
 
 Legend: B batch  T tokens of this device  S tokens of the row  N query heads  K kv heads  H head dim  P devices of the length
 """
@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from gptoss_jax.ops.attention import Keys
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import Gather
 from gptoss_jax.quant.gather import cast_and_gather
 from gptoss_jax.sharding.rules import DEFAULT_RULES, ShardingRules
@@ -45,7 +46,9 @@ def attention_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Call
         if length:
             local = partial(_full, run, length, num_devices) if window is None else partial(_sliding, run, length, num_devices, window)
         # the loops inside carry zeros that vary over no axis, which the check of replication does not follow
-        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)
+        on_mesh = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=in_specs[0], check_vma=False)
+        # the gradient of the sinks is summed over devices in the dtype in which they enter
+        return lambda q, k, v, sinks, segment_ids: on_mesh(q, k, v, sinks.astype(wide(q.dtype)), segment_ids)
 
     return distribute
 

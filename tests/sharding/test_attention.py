@@ -18,10 +18,11 @@ B, T, N, K, H = 2, 48, 6, 2, 10
 
 
 def inputs(length=T):
+    """A row of three documents, and one with padding on both sides: what is before the row must not be seen either."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((B, length, heads, H)) for heads in (N, K, K))
     token = np.arange(length)
-    segments = np.stack([1 + (token > length // 3) + (token > length // 2), np.where(token < length - 5, 1, 0)]).astype(np.int32)
+    segments = np.stack([1 + (token > length // 3) + (token > length // 2), (token >= 2) & (token < length - 5)]).astype(np.int32)
     return q, k, v, rng.standard_normal(N), segments
 
 

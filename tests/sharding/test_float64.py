@@ -15,8 +15,10 @@ from gptoss_jax.training.step import Shardings, make_loss
 from tests.sharding.uneven import uneven
 
 MESHES = [
-    dict(expert=8), dict(fsdp=4), dict(data=2, fsdp=2, expert=2), dict(fsdp=2, expert=2, tensor=2),
-    dict(context=2), dict(context=8), dict(fsdp=2, expert=2, context=2), dict(data=2, context=2, tensor=2),
+    dict(fsdp=2, expert=2, tensor=2), dict(context=8), dict(fsdp=2, expert=2, context=2), dict(data=2, context=2, tensor=2),
+    *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
+        dict(expert=8), dict(fsdp=4), dict(data=2, fsdp=2, expert=2), dict(context=2), dict(context=4),
+    )),
 ]  # fmt: skip
 QAT_MESHES = [dict(fsdp=4, expert=2), dict(expert=2, context=2, tensor=2)]
 ids = lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items())

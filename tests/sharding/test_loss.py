@@ -50,8 +50,10 @@ def test_what_travels_is_the_unembedding_and_its_gradient():
     place = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
     hidden, w, targets, weights = (jnp.tile(x, (2, *[1] * (x.ndim - 1))) if x.shape[0] == B else x for x in inputs(16, np.float32))
     grads = jax.jit(jax.grad(on_mesh(dict(fsdp=8), "bfloat16"), argnums=(0, 1)))
-    compiled = grads.lower(place(hidden.astype(jnp.bfloat16), "fsdp"), place(w, None, "fsdp"), place(targets, "fsdp"), place(weights, "fsdp")).compile()
+    args = place(hidden.astype(jnp.bfloat16), "fsdp"), place(w, None, "fsdp"), place(targets, "fsdp"), place(weights, "fsdp")
+    compiled = grads.lower(*args).compile()
     moved = {}
-    for dims, kind in re.findall(r"= \w+\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)\(", compiled.as_text()):
+    kinds = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+    for dims, kind in re.findall(rf"= \w+\[([\d,]*)\]\S* ({kinds})\(", compiled.as_text()):
         moved[kind] = max(moved.get(kind, 0), math.prod(int(n) for n in dims.split(",") if n))
     assert moved == {"all-gather": V * D, "reduce-scatter": V * D // 8, "all-reduce": 1}

@@ -12,16 +12,18 @@ from gptoss_jax.data import Batch
 from gptoss_jax.formats import Mxfp4
 from gptoss_jax.model import abstract_params, forward
 from gptoss_jax.quant import default_policy, make_expert_quant
+from gptoss_jax.sharding import make_mesh
 from gptoss_jax.training.config import parse
-from gptoss_jax.training.step import abstract_state, make_train_step
+from gptoss_jax.training.step import Shardings, abstract_state, make_train_step
 
 
-def lowered_step(config, platform, quantized, **changes):
+def lowered_step(config, platform, quantized, mesh=None, **changes):
     train = parse({"steps": 10, "batch": {"rows": 4, "accumulation": 2}, **changes})
     quant = make_expert_quant(default_policy(Mxfp4()), jnp.bfloat16) if quantized else None
     shapes = [jax.ShapeDtypeStruct((4, 40), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)]
-    step = make_train_step(config, train, quant)
-    return step.trace(abstract_state(config, train), Batch(*shapes)).lower(lowering_platforms=(platform,)).as_text()
+    shardings = mesh and Shardings.on(config, make_mesh(**mesh))
+    step = make_train_step(config, train, quant, shardings)
+    return step.trace(abstract_state(config, train, shardings), Batch(*shapes)).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -33,6 +35,12 @@ def test_training_step_lowers(platform, quantized, tiny_config):
 @pytest.mark.parametrize("cast_at", ["layer", "step"])
 def test_training_step_lowers_for_cuda_with_triton_kernels(cast_at, tiny_config):
     text = lowered_step(tiny_config, "cuda", True, kernels="triton", remat="products", cast_at=cast_at)
+    assert {"forward_kernel", "dq_kernel", "dkv_kernel", "grouped_matmul", "grouped_matmul_weight_gradient"} <= set(re.findall(r"\w+", text))
+
+
+def test_training_step_on_a_mesh_lowers_for_cuda_with_triton_kernels(tiny_config):
+    """Inside shard_map a kernel is the code of one device: nothing is left to be partitioned around it."""
+    text = lowered_step(tiny_config, "cuda", True, dict(fsdp=2, context=2, tensor=2), kernels="triton", remat="products")
     assert {"forward_kernel", "dq_kernel", "dkv_kernel", "grouped_matmul", "grouped_matmul_weight_gradient"} <= set(re.findall(r"\w+", text))
 
 
