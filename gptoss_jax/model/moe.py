@@ -25,6 +25,7 @@ from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.experts import expert_mlp
 from gptoss_jax.ops.experts.inference import expert_mlp_inference
 from gptoss_jax.ops.remat import product
+from gptoss_jax.ops.top_k import top_k
 from gptoss_jax.precision import wide
 from gptoss_jax.quant import ExpertQuant, Gather
 from gptoss_jax.quant.gather import cast_and_gather
@@ -60,7 +61,7 @@ class Router(nnx.Module):
         """Chosen experts, their weights, statistics over the tokens where `real_S`."""
         x_SD, w_ED, bias_E = (x.astype(wide(x_SD.dtype)) for x in (x_SD, self.weight[...], self.bias[...]))
         logits_SE = jnp.einsum("sd,ed->se", x_SD, w_ED) + bias_E
-        top_SA, experts_SA = lax.top_k(logits_SE, self.config.num_experts_per_tok)
+        top_SA, experts_SA = top_k(logits_SE, self.config.num_experts_per_tok)
         real_S = real_S.astype(x_SD.dtype)
         chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=x_SD.dtype), axis=1)
         stats = RouterStats(real_S @ chosen_SE, real_S @ jax.nn.softmax(logits_SE, axis=-1), jnp.sum(real_S))

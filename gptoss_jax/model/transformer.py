@@ -79,25 +79,26 @@ class GptOss(nnx.Module):
 
     def __call__(self, tokens_BT, context: Context, dtype, remat: Remat):
         """Final normed hidden states, and per block position / tail layer (router statistics, captured expert weights)."""
-        graph, stacked = nnx.split(self.blocks)
+        graphs, stacked = zip(*map(nnx.split, self.blocks))
 
-        def period(x_BTD, state):
+        # layer by layer, not period by period: while one is differentiated, values and decoded weights of the others do not exist
+        def layer(x_BTD, graph, state):
+            return nnx.merge(graph, state)(x_BTD, context)
+
+        layer = rematerialize(layer, remat, static_argnums=(1,))
+
+        def period(x_BTD, states):
             extras = []
-            for block in nnx.merge(graph, state):
-                x_BTD, extra = block(x_BTD, context)
+            for graph, state in zip(graphs, states):
+                x_BTD, extra = layer(x_BTD, graph, state)
                 extras.append(extra)
             return x_BTD, extras
-
-        def single(x_BTD, block_graph, state):
-            return nnx.merge(block_graph, state)(x_BTD, context)
-
-        period, single = rematerialize(period, remat), rematerialize(single, remat, static_argnums=(1,))
 
         x_BTD = embedding(self.embed_tokens.weight[...], tokens_BT).astype(dtype)
         x_BTD, extras = lax.scan(period, x_BTD, stacked)
         tail_extras = []
         for block in self.tail:
-            x_BTD, extra = single(x_BTD, *nnx.split(block))
+            x_BTD, extra = layer(x_BTD, *nnx.split(block))
             tail_extras.append(extra)
         return self.norm(x_BTD), extras, tail_extras
 

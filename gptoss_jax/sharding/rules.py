@@ -15,14 +15,15 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig, abstract_params, logical_axes
 
 # Experts take the tensor, fsdp and context devices too: 32 and 128 experts divide by what 90 blocks do not. Rows of 131,072 tokens on the devices of
-# `context` would leave a whole model on each, so parameters are stored in parts over `context` as over `fsdp`.
+# `context` would leave a whole model on each, so parameters are stored in parts over `context` as over `fsdp`; all others than experts also over
+# `expert`, where 1.8 G of them would take 29 GB on each device (20b, float32 masters, gradients and moments).
 DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "layers": (),
     "norm": (),
     "router": (),
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),

@@ -8,10 +8,9 @@ import dataclasses
 import datetime
 import difflib
 import json
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_serializer, model_validator
 
 from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
@@ -126,7 +125,7 @@ class Nvfp4Quant(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each axis of the mesh, see sharding/mesh.py."""
+    """Devices along each axis of the mesh, see sharding/mesh.py; or `auto`: the layout that `gptoss-jax plan` proposes for the devices present."""
 
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
@@ -135,10 +134,26 @@ class MeshConfig(Section):
     context: PositiveInt = 1
     # divides the key-value heads
     tensor: PositiveInt = 1
+    auto: Annotated[bool, Field(exclude=True, repr=False)] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_auto(cls, value):
+        return {"auto": True} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _auto_is_alone(self):
+        if self.auto and self.size > 1:
+            raise ValueError("auto chooses all sizes")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _write(self, plain):
+        return "auto" if self.auto else plain(self)
 
     @property
     def size(self) -> int:
-        return math.prod(self.model_dump().values())
+        return self.data * self.fsdp * self.expert * self.context * self.tensor
 
     @property
     def row_groups(self) -> int:

@@ -22,6 +22,7 @@ from gptoss_jax.sharding import make_mesh
 from gptoss_jax.training.config import DataConfig, TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
+from gptoss_jax.training.plan import present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.task_rates import TaskRates
@@ -80,6 +81,17 @@ def load_packed(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[P
     return packed["train"], packed.get("eval")
 
 
+def with_mesh(train: TrainConfig, config: GptOssConfig) -> TrainConfig:
+    """The config with `mesh: auto` resolved for all devices present.
+
+    Raises:
+      UsageError: no mesh fits, or the kind of device is unknown.
+    """
+    if not train.mesh.auto:
+        return train
+    return train.model_copy(update={"mesh": proposed_mesh(config, train, present_device(), len(jax.devices()))})
+
+
 def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None:
     """Layout on the mesh of the config; None on one device."""
     if train.mesh.size == 1:
@@ -117,12 +129,15 @@ def run_stage(
     with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
         config, directory = (model.config, model.directory) if model else look_at(train.model)
         policy = quant_policy(train, config)
+        automatic, train = train.mesh.auto, with_mesh(train, config)
         shardings = make_shardings(train, config)
         tokenizer = load_tokenizer(directory)
         progress = progress or Progress()
         packed, held_out = load_packed(train.data, tokenizer, progress)
         train = train.with_steps(len(packed.rows.tokens_BT))
         progress.steps = train.steps
+        if automatic:
+            progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
         rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, run.path) if train.eval_tasks else None
         if policy is not None:

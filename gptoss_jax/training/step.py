@@ -12,7 +12,7 @@ Legend: A microbatches  B rows  T tokens of a row  C blocks  Q block size
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +89,14 @@ def _init(config: GptOssConfig, train: TrainConfig) -> Callable[[Params], TrainS
     return init
 
 
+@lru_cache(maxsize=8)
+def _abstract(config: GptOssConfig, train: TrainConfig) -> TrainState:
+    return jax.eval_shape(_init(config, train), abstract_params(config, jnp.dtype(train.master_dtype)))
+
+
 def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None = None) -> TrainState:
     """Shapes, dtypes (and shardings) of the state; allocates nothing. The target of a restore."""
-    state = jax.eval_shape(_init(config, train), abstract_params(config, jnp.dtype(train.master_dtype)))
+    state = _abstract(config, train)
     if shardings is None:
         return state
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -285,17 +290,26 @@ def make_capture_step(
     config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant, shardings: Shardings | None = None, *, weights: bool = True
 ) -> Callable[[TrainState, Any], Captured]:
     """The compiled `capture_step(state, batch) -> Captured`: forward and backward exactly as in `train_step` (scan, remat, microbatches, sharding),
-    without the update, handing out the expert weights that it computed with (unless `weights` is False: they are half the model) and the codes
-    those were decoded from."""
+    without the update, handing out the expert weights that it computed with and the codes those were decoded from.
+
+    With `weights` False, for the hashes of a checkpoint, the codes alone, from the forward pass of the first microbatch: they follow from the
+    parameters, and gradients, held for their norm, would be 42 GB beside 10 GB of codes (20b on one GPU). Without `weights` and `grad_norm`."""
     optimizer = make_optimizer(train, abstract_params(config))
     loss = make_loss(config, train, expert_quant, capture=True, distribute=shardings and shardings.distribute)
 
+    def capture_codes(state: TrainState, batch):
+        params, prepared = state.params, None
+        if train.cast_at == "step":
+            params, prepared = _prepare(expert_quant, params)
+        first = jax.tree.map(lambda x: x[0], _split(batch, train.batch.accumulation))
+        _, (nll, _, captured) = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
+        return Captured(nll, jnp.float32(jnp.nan), {}, prepared or {name: codes for name, (_, codes) in captured.items()})
+
     def capture_step(state: TrainState, batch):
         (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
-        consumed = {name: weight for name, (weight, _) in captured.items()} if weights else {}
+        consumed = {name: weight for name, (weight, _) in captured.items()}
         return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 
     where = state_shardings(config, train, shardings)
-    if shardings is None:
-        return jax.jit(capture_step)
-    return jax.jit(capture_step, in_shardings=(where, shardings.batch))
+    step = capture_step if weights else capture_codes
+    return jax.jit(step) if shardings is None else jax.jit(step, in_shardings=(where, shardings.batch))

@@ -48,7 +48,7 @@ def test_overview_answers_at_once_and_imports_no_jax(args):
 
 
 def test_commands_are_the_published_ones():
-    expected = "demo recipe sft qat import export verify logits eval compare generate chat env data diagnose"
+    expected = "demo recipe sft qat import export verify logits eval compare generate chat env data diagnose plan"
     assert set(COMMANDS) == set(expected.split())
 
 
@@ -75,6 +75,10 @@ def test_every_command_has_help_that_explains_its_options(command, capsys):
         (["recipe", "--report", "no/such/dir"], 2, "no results.json"),
         (["diagnose", "no/such/dir"], 2, "no/such/dir"),
         (["diagnose", "nano"], 2, "give --base"),
+        (["plan"], 2, "model is not set"),
+        (["plan", "model=20b", "--device", "h20"], 2, "did you mean 'h200'"),
+        (["plan", "model=20b", "--devices", "7"], 2, "no mesh of 7 devices"),
+        (["plan", "model=20b", "mesh=fsdp"], 2, "mesh"),
         (["eval", "no/such/dir/at/all"], 2, "no/such/dir"),
         (["logits", "nano", "--tokens", "missing.npy", "--out", "l.npy"], 2, "missing.npy"),
         (["verify", "no/such/dir"], 2, "no/such/dir"),

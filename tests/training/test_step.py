@@ -176,6 +176,8 @@ def test_captured_weights_are_those_of_the_step_and_the_decoded_codes():
     train = train_of(2)
     state = init_state(CONFIG, train, make_params())
     captured = make_capture_step(CONFIG, train, EXPERT_QUANT)(state, packed_batch())
+    alone = make_capture_step(CONFIG, train, EXPERT_QUANT, weights=False)(state, packed_batch())
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), alone.codes, captured.codes)) and not alone.weights
     names = {f"blocks.0.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
     assert captured.weights.keys() == captured.codes.keys() == names
     for name in names:

@@ -39,6 +39,12 @@ class RowGroups(NamedTuple):
         return self.assignment_P // self.slot_SA.shape[1]
 
 
+def max_slots(num_rows: int, num_experts: int, block_rows: int) -> int:
+    """Slots that hold any routing of so many rows: the sum of ceil(n_e / M) over the experts is at most floor(R/M) + E, and at most R since a used
+    block holds a row."""
+    return block_rows * max(1, min(num_rows // block_rows + num_experts, num_rows))
+
+
 def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int) -> RowGroups:
     """Lays the assignments out in blocks of `block_rows`, each block of one expert.
 
@@ -47,9 +53,8 @@ def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int)
     """
     num_tokens, per_token = experts_SA.shape
     num_rows = num_tokens * per_token
-    # sum of ceil(n_e / M) over the experts is at most floor(R/M) + E, and at most R since a used block holds a row
-    max_blocks = max(1, min(num_rows // block_rows + num_experts, num_rows))
-    num_slots = max_blocks * block_rows
+    num_slots = max_slots(num_rows, num_experts, block_rows)
+    max_blocks = num_slots // block_rows
 
     experts_R = experts_SA.reshape(num_rows)
     order_R = jnp.argsort(experts_R, stable=True)
