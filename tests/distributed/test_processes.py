@@ -104,8 +104,8 @@ def test_one_process_goes_on_and_equals_the_unbroken_run(root, broken, unbroken)
 
 
 def test_sigterm_to_one_process_saves_one_step_on_all(root):
-    with Processes(2, command(root, "stopped", mesh={"fsdp": 2}, steps=5000, checkpoint_every=None), SLOW="0.05") as run:
-        run.wait_for(r"step 1/5000")
+    with Processes(2, command(root, "stopped", mesh={"fsdp": 2}, checkpoint_every=None), SLOW="1") as run:
+        run.wait_for(r"step 1/6")
         os.kill(run.pids(2)[1], signal.SIGTERM)
         assert run.end() == 128 + signal.SIGTERM, run.text
     assert run.text.count("stopped by signal 15") == 1 and "--resume" in run.text and "Traceback" not in run.text
