@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
     "logits": ("logits", "logits", "logits of token ids, for comparisons", "logits out/ --tokens t.npy --out l.npy --dtype float32"),
     "eval": ("evaluate", "evaluate", "pass rates and loss of any checkpoint", "eval out/ --tasks A B H"),
+    "plan": ("plan", "plan", "memory, traffic and layout of a training config, before anything is allocated", "plan --config FILE.yaml --device h200"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
 COMPUTING = ("demo", "recipe", "sft", "qat", "eval")  # run long enough to gain from memory in large pages

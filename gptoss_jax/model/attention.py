@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary positions and one learned sink logit per query head."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -32,5 +34,8 @@ class Attention(nnx.Module):
         q_BTNH = rotate(product(heads(self.q_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
         k_BTKH = rotate(product(heads(self.k_proj(x_BTD))), context.cos_BTC, context.sin_BTC)
         v_BTKH = product(heads(self.v_proj(x_BTD)))
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT, self.window, context.backend)
+        run = partial(attention, window=self.window, backend=context.backend)
+        if context.distribute is not None:
+            run = context.distribute.attention(run, self.window)
+        out_BTNH = run(q_BTNH, k_BTKH, v_BTKH, self.sinks[...], context.segment_ids_BT)
         return self.o_proj(out_BTNH.reshape(batch, length, -1))

@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.quant import ExpertQuant
 
-# `distribute(run_experts, capture)` runs the experts of a layer on a mesh: the same arguments and results, captured weights only on request
-Distribute = Callable[[Callable, bool], Callable]
+
+class Distribute(NamedTuple):
+    """How the parts that mix tokens or weights of several devices run on a mesh; all keep arguments and results.
+
+    `attention(run, window)` for `run(q, k, v, sinks, segment_ids, keys=None)`; `experts(run, capture)` for `run_experts`, whose captured weights
+    come out on request only; `loss(run)` for `cross_entropy_sum`.
+    """
+
+    attention: Callable[[Callable, int | None], Callable]
+    experts: Callable[[Callable, bool], Callable]
+    loss: Callable[[Callable], Callable]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gptoss_jax.model.weights import weight
+from gptoss_jax.precision import wide
 
 
 class RMSNorm(nnx.Module):
@@ -16,9 +17,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        wide_x = x.astype(wide(x.dtype))
+        normed = wide_x * lax.rsqrt(jnp.mean(wide_x * wide_x, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(wide_x.dtype)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -29,5 +30,5 @@ class Linear(nnx.Module):
         self.bias = weight(rngs, (size_out,), axes[:1], layers=layers, dtype=dtype, init="zeros")
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        out = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return (out + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        out = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=wide(x.dtype))
+        return (out + self.bias[...].astype(out.dtype)).astype(x.dtype)

@@ -24,6 +24,8 @@ from gptoss_jax.model.context import Context
 from gptoss_jax.model.weights import weight
 from gptoss_jax.ops.experts import expert_mlp
 from gptoss_jax.ops.remat import product
+from gptoss_jax.ops.top_k import top_k
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import ExpertQuant, Gather
 from gptoss_jax.quant.gather import cast_and_gather
 
@@ -56,10 +58,11 @@ class Router(nnx.Module):
 
     def __call__(self, x_SD: Float[Array, "S D"], real_S) -> tuple[Int[Array, "S A"], Float[Array, "S A"], RouterStats]:
         """Chosen experts, their weights, statistics over the tokens where `real_S`."""
-        logits_SE = jnp.einsum("sd,ed->se", x_SD.astype(jnp.float32), self.weight[...].astype(jnp.float32)) + self.bias[...].astype(jnp.float32)
-        top_SA, experts_SA = lax.top_k(logits_SE, self.config.num_experts_per_tok)
-        real_S = real_S.astype(jnp.float32)
-        chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=jnp.float32), axis=1)
+        x_SD, w_ED, bias_E = (x.astype(wide(x_SD.dtype)) for x in (x_SD, self.weight[...], self.bias[...]))
+        logits_SE = jnp.einsum("sd,ed->se", x_SD, w_ED) + bias_E
+        top_SA, experts_SA = top_k(logits_SE, self.config.num_experts_per_tok)
+        real_S = real_S.astype(x_SD.dtype)
+        chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=x_SD.dtype), axis=1)
         stats = RouterStats(real_S @ chosen_SE, real_S @ jax.nn.softmax(logits_SE, axis=-1), jnp.sum(real_S))
         return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
 
@@ -90,7 +93,8 @@ def run_experts(
       gather: `stored` is a shard (inside a `jax.shard_map`), and is made whole over these mesh axes. `experts_BTA` counts the experts that are
         whole then; their number stands for one that is elsewhere (see `group_rows`).
     """
-    captured = {"gate_up_proj": expert_quant("gate_up_proj", stored.gate_up_EUD, gather), "down_proj": expert_quant("down_proj", stored.down_EDF, gather)}
+    stored_weights = {"gate_up_proj": stored.gate_up_EUD, "down_proj": stored.down_EDF}
+    captured = {name: expert_quant(name, weight, gather) for name, weight in stored_weights.items()}
     whole = (lambda bias: cast_and_gather(bias, bias.dtype, gather)) if gather else lambda bias: bias
     flat = lambda x: x.reshape(-1, x.shape[-1])
     out_SD = expert_mlp(
@@ -117,7 +121,7 @@ class Experts(nnx.Module):
         stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
         run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
         if context.distribute is not None:
-            run = context.distribute(run, context.capture)
+            run = context.distribute.experts(run, context.capture)
         return run(x_BTD, experts_BTA, weights_BTA, stored)
 
 

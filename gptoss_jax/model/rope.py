@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model.config import RopeConfig
+from gptoss_jax.precision import wide
 
 
 def yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -32,10 +33,12 @@ def yarn_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
     return (frequency * (1 - ramp) + frequency / rope.factor * ramp).astype(np.float32), concentration
 
 
-def rope_tables(positions_BT: Int[Array, "B T"], rope: RopeConfig, head_dim: int) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
-    """cos and sin, float32, C = head_dim/2, with the concentration multiplied in."""
+def rope_tables(
+    positions_BT: Int[Array, "B T"], rope: RopeConfig, head_dim: int, dtype=jnp.float32
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
+    """cos and sin, C = head_dim/2, with the concentration multiplied in; float32, or float64 for activations of that `dtype`."""
     inv_freq_C, concentration = yarn_frequencies(rope, head_dim)
-    angle_BTC = positions_BT[..., None].astype(jnp.float32) * inv_freq_C
+    angle_BTC = positions_BT[..., None].astype(wide(dtype)) * inv_freq_C
     return jnp.cos(angle_BTC) * concentration, jnp.sin(angle_BTC) * concentration
 
 

@@ -26,6 +26,7 @@ from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.weights import fill_state, named_axes, named_leaves, weight
 from gptoss_jax.ops.embedding import embedding
 from gptoss_jax.ops.remat import Remat, product, rematerialize
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import ExpertQuant, plain_cast
 
 Params = Mapping[str, Array]
@@ -69,25 +70,26 @@ class GptOss(nnx.Module):
 
     def __call__(self, tokens_BT, context: Context, dtype, remat: Remat):
         """Final normed hidden states, and per block position / tail layer (router statistics, captured expert weights)."""
-        graph, stacked = nnx.split(self.blocks)
+        graphs, stacked = zip(*map(nnx.split, self.blocks))
 
-        def period(x_BTD, state):
+        # layer by layer, not period by period: while one is differentiated, values and decoded weights of the others do not exist
+        def layer(x_BTD, graph, state):
+            return nnx.merge(graph, state)(x_BTD, context)
+
+        layer = rematerialize(layer, remat, static_argnums=(1,))
+
+        def period(x_BTD, states):
             extras = []
-            for block in nnx.merge(graph, state):
-                x_BTD, extra = block(x_BTD, context)
+            for graph, state in zip(graphs, states):
+                x_BTD, extra = layer(x_BTD, graph, state)
                 extras.append(extra)
             return x_BTD, extras
-
-        def single(x_BTD, block_graph, state):
-            return nnx.merge(block_graph, state)(x_BTD, context)
-
-        period, single = rematerialize(period, remat), rematerialize(single, remat, static_argnums=(1,))
 
         x_BTD = embedding(self.embed_tokens.weight[...], tokens_BT).astype(dtype)
         x_BTD, extras = lax.scan(period, x_BTD, stacked)
         tail_extras = []
         for block in self.tail:
-            x_BTD, extra = single(x_BTD, *nnx.split(block))
+            x_BTD, extra = layer(x_BTD, *nnx.split(block))
             tail_extras.append(extra)
         return self.norm(x_BTD), extras, tail_extras
 
@@ -149,7 +151,7 @@ def forward(
       remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
-      distribute: how experts run on a mesh (`gptoss_jax.sharding.expert_parallel`); None leaves their layout to the compiler.
+      distribute: how attention and experts run on a mesh (`gptoss_jax.sharding.distribution`); None leaves their layout to the compiler.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -157,7 +159,7 @@ def forward(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     graph, state = _abstract_model(config, jnp.dtype(jnp.float32))
     model = nnx.merge(graph, fill_state(state, dict(params)))
-    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
+    cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim, dtype)
     context = Context(segment_ids_BT, cos_BTC, sin_BTC, expert_quant or plain_cast(dtype), capture, backend, distribute)
     hidden_BTD, extras, tail_extras = model(tokens_BT, context, dtype, remat)
 
@@ -178,4 +180,4 @@ def forward(
 def compute_logits(params: Params, hidden_BTD: Float[Array, "B T D"], dtype=jnp.float32) -> Float[Array, "B T V"]:
     """Unembedding: float32 logits from a product in `dtype` with float32 accumulation."""
     w_VD = params["lm_head.weight"].astype(dtype)
-    return jnp.einsum("btd,vd->btv", hidden_BTD.astype(dtype), w_VD, preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,vd->btv", hidden_BTD.astype(dtype), w_VD, preferred_element_type=wide(dtype))

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.precision import wide
+
 
 def sum_scattered(rows_SD: Float[Array, "S D"], tokens_S: Int[Array, "S"], vocab: int) -> Float[Array, "V D"]:
     """Sum of the rows of each token, by a scatter-add."""
@@ -52,7 +54,7 @@ def _forward(weight_VD, tokens_BT):
 
 def _backward(residuals, dx_BTD):
     weight_VD, tokens_BT = residuals
-    rows_SD, tokens_S = dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(jnp.float32), tokens_BT.reshape(-1)
+    rows_SD, tokens_S = dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(wide(dx_BTD.dtype)), tokens_BT.reshape(-1)
     vocab = weight_VD.shape[0]
     sums_VD = lax.platform_dependent(rows_SD, tokens_S, cuda=partial(sum_sorted, vocab=vocab), default=partial(sum_scattered, vocab=vocab))
     return sums_VD.astype(weight_VD.dtype), None

@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptoss_jax.precision import wide
+
 ALPHA = 1.702  # the release's constant; every client hard-codes it
 
 
 def _gate_up(h_PU):
-    h32_PFX = h_PU.astype(jnp.float32).reshape(*h_PU.shape[:-1], -1, 2)
-    return h32_PFX[..., 0], h32_PFX[..., 1]
+    wide_PFX = h_PU.astype(wide(h_PU.dtype)).reshape(*h_PU.shape[:-1], -1, 2)
+    return wide_PFX[..., 0], wide_PFX[..., 1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -42,7 +44,7 @@ def clamped_swiglu_gradient(h_PU: Float[Array, "*P U"], dact_PF: Float[Array, "*
     gate_PF, up_PF = _gate_up(h_PU)
     g_PF, u_PF = jnp.minimum(gate_PF, limit), jnp.clip(up_PF, -limit, limit)
     s_PF = jax.nn.sigmoid(ALPHA * g_PF)
-    dact_PF = dact_PF.astype(jnp.float32)
+    dact_PF = dact_PF.astype(gate_PF.dtype)
     # written so that a NaN fails the test and passes on
     dgate_PF = jnp.where(gate_PF > limit, 0, dact_PF * (u_PF + 1) * s_PF * (1 + ALPHA * g_PF * (1 - s_PF)))
     dup_PF = jnp.where(jnp.abs(up_PF) > limit, 0, dact_PF * g_PF * s_PF)

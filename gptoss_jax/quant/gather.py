@@ -16,22 +16,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from gptoss_jax.precision import wide
+
 
 @dataclass(frozen=True)
 class Gather:
-    """The mesh axes over which the leading dim of a weight is cut and has to be whole, outermost first."""
+    """The mesh axes over which one dim of an array (of a weight the leading one) is cut and has to be whole, outermost first."""
 
     axes: tuple[str, ...]
+    dim: int = 0
 
     def whole(self, x: Array) -> Array:
-        """The leading dim of all devices together. float8 travels as bytes."""
+        """The arrays of all devices together. float8 travels as bytes."""
         as_bytes = x.dtype.itemsize == 1
-        gathered = lax.all_gather(lax.bitcast_convert_type(x, jnp.uint8) if as_bytes else x, self.axes, axis=0, tiled=True)
+        gathered = lax.all_gather(lax.bitcast_convert_type(x, jnp.uint8) if as_bytes else x, self.axes, axis=self.dim, tiled=True)
         return lax.bitcast_convert_type(gathered, x.dtype) if as_bytes else gathered
 
     def scatter_sum(self, grad: Array) -> Float[Array, "..."]:
         """This device's shard of the float32 sum."""
-        return lax.psum_scatter(grad.astype(jnp.float32), self.axes, scatter_dimension=0, tiled=True)
+        return lax.psum_scatter(grad.astype(wide(grad.dtype)), self.axes, scatter_dimension=self.dim, tiled=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

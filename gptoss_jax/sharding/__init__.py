@@ -1,7 +1,12 @@
 """Where arrays lie: the device mesh, the one table from logical axes to mesh axes, and the processes that share them."""
 
+from jax.sharding import Mesh
+
+from gptoss_jax.model.context import Distribute
+from gptoss_jax.sharding.attention import attention_parallel
 from gptoss_jax.sharding.batches import local_rows, place_rows
 from gptoss_jax.sharding.experts import expert_parallel
+from gptoss_jax.sharding.loss import loss_parallel
 from gptoss_jax.sharding.mesh import MESH_AXES, make_mesh
 from gptoss_jax.sharding.rules import (
     DEFAULT_RULES,
@@ -12,7 +17,17 @@ from gptoss_jax.sharding.rules import (
     replicated,
 )
 
+
+def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute:
+    """How `forward` runs on this mesh.
+
+    Raises:
+      UsageError: rules that attention or experts cannot be run with.
+    """
+    return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules), loss_parallel(mesh, rules))
+
+
 __all__ = [
-    "DEFAULT_RULES", "MESH_AXES", "ShardingRules",
-    "abstract_sharded_params", "batch_sharding", "expert_parallel", "local_rows", "make_mesh", "param_shardings", "place_rows", "replicated",
+    "DEFAULT_RULES", "MESH_AXES", "ShardingRules", "abstract_sharded_params", "attention_parallel", "batch_sharding", "distribution",
+    "expert_parallel", "local_rows", "loss_parallel", "make_mesh", "param_shardings", "place_rows", "replicated",
 ]  # fmt: skip

@@ -20,14 +20,13 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from gptoss_jax.errors import UsageError
-from gptoss_jax.model.context import Distribute
 from gptoss_jax.model.moe import StoredExperts
 from gptoss_jax.quant import Gather
 from gptoss_jax.sharding.rules import DEFAULT_RULES, ShardingRules
 
 
-def expert_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute:
-    """How `forward` runs the experts on this mesh.
+def expert_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Callable[[Callable, bool], Callable]:
+    """How `forward` runs the experts on this mesh: `distribute(run_experts, capture)`.
 
     Raises:
       UsageError: rules that cut an expert in itself, or that store over an axis outside those that compute.

@@ -1,4 +1,11 @@
-"""The device mesh. Axes: `data` replicates parameters, `fsdp` shards them, `expert` shards experts, `tensor` shards heads and vocabulary."""
+"""The device mesh. Its axes:
+
+    data      replicates parameters                fsdp     stores them in parts
+    expert    shards experts                       context  cuts the length of rows, and stores parameters in parts as fsdp does
+    tensor    shards heads, vocabulary and experts
+
+Neighbours along the last axes are neighbours among the devices: heads and the length of a row exchange most often.
+"""
 
 import math
 
@@ -7,19 +14,19 @@ from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.errors import UsageError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over the first `data * fsdp * expert * tensor` devices.
+def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over the first `data * fsdp * expert * context * tensor` devices.
 
     Raises:
       UsageError: a size below 1, or more devices than there are.
     """
-    sizes = (data, fsdp, expert, tensor)
+    sizes = (data, fsdp, expert, context, tensor)
     devices = jax.devices() if devices is None else devices
     if min(sizes) < 1:
         raise UsageError(f"mesh sizes must be at least 1: {dict(zip(MESH_AXES, sizes))}")
     if math.prod(sizes) > len(devices):
         raise UsageError(f"mesh {dict(zip(MESH_AXES, sizes))} needs {math.prod(sizes)} devices, {len(devices)} are present")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[: math.prod(sizes)])
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: math.prod(sizes)])

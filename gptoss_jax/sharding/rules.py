@@ -14,18 +14,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig, abstract_params, logical_axes
 
-# Experts take the tensor and fsdp devices too: 32 and 128 experts divide by what 90 blocks do not.
+# Experts take the tensor, fsdp and context devices too: 32 and 128 experts divide by what 90 blocks do not. Rows of 131,072 tokens on the devices of
+# `context` would leave a whole model on each, so parameters are stored in parts over `context` as over `fsdp`; all others than experts also over
+# `expert`, where 1.8 G of them would take 29 GB on each device (20b, float32 masters, gradients and moments).
 DEFAULT_TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "layers": (),
     "norm": (),
     "router": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
-    "expert": ("expert", "tensor", "fsdp"),
+    "expert": ("expert", "tensor", "fsdp", "context"),
     "expert_mlp": (),
     "expert_embed": (),
 }
@@ -38,7 +40,7 @@ class ShardingRules:
     they are put together to compute with."""
 
     table: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_TABLE))
-    gathered: tuple[str, ...] = ("fsdp",)
+    gathered: tuple[str, ...] = ("fsdp", "context")
 
     def axes(self, logical: str, mesh: Mesh) -> tuple[str, ...]:
         """Mesh axes of more than one device that cut a logical axis."""
@@ -76,8 +78,28 @@ class ShardingRules:
 DEFAULT_RULES = ShardingRules()
 
 
+def check_heads(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> None:
+    """Heads are cut between heads, each query head beside its kv head.
+
+    Raises:
+      UsageError: naming the sizes.
+    """
+    axes, kv_axes = rules.axes("heads", mesh), rules.axes("kv_heads", mesh)
+    if axes != kv_axes:
+        raise UsageError(f"rules 'heads' = {axes} and 'kv_heads' = {kv_axes} must be the same: a query head lies beside its kv head")
+    shards = math.prod(mesh.shape[a] for a in axes)
+    if config.num_key_value_heads % shards:
+        fits = [n for n in range(1, shards) if config.num_key_value_heads % n == 0]
+        raise UsageError(f"num_key_value_heads = {config.num_key_value_heads} does not divide by {'*'.join(axes)} = {shards}; it divides by {fits}")
+
+
 def param_shardings(config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
-    """Sharding of every parameter by name."""
+    """Sharding of every parameter by name.
+
+    Raises:
+      UsageError: naming what cannot be laid out.
+    """
+    check_heads(config, mesh, rules)
     axes = logical_axes(config)
     return {name: NamedSharding(mesh, rules.spec(name, leaf.shape, axes[name], mesh)) for name, leaf in abstract_params(config).items()}
 

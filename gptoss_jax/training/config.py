@@ -9,7 +9,7 @@ import difflib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from gptoss_jax.errors import UsageError
 
@@ -85,12 +85,40 @@ class Nvfp4Quant(Section):
 
 
 class MeshConfig(Section):
+    """Devices along each axis of the mesh, see sharding/mesh.py; or `auto`: the layout that `gptoss-jax plan` proposes for the devices present."""
+
     data: PositiveInt = 1
     fsdp: PositiveInt = 1
+    expert: PositiveInt = 1
+    # cuts the rows: for rows too long for one device
+    context: PositiveInt = 1
+    # divides the key-value heads
+    tensor: PositiveInt = 1
+    auto: Annotated[bool, Field(exclude=True, repr=False)] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_auto(cls, value):
+        return {"auto": True} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _auto_is_alone(self):
+        if self.auto and self.size > 1:
+            raise ValueError("auto chooses all sizes")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _write(self, plain):
+        return "auto" if self.auto else plain(self)
 
     @property
     def size(self) -> int:
-        return self.data * self.fsdp
+        return self.data * self.fsdp * self.expert * self.context * self.tensor
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of devices among which the rows of a batch are dealt."""
+        return self.data * self.fsdp * self.expert
 
 
 class TrainConfig(Section):
@@ -138,11 +166,13 @@ class TrainConfig(Section):
                 f"optimizer.master_residual = {self.optimizer.master_residual} belongs to master_dtype bfloat16, not {self.master_dtype}"
             )
         microbatch = self.batch.rows // self.batch.accumulation
-        if microbatch % self.mesh.size:
+        if microbatch % self.mesh.row_groups:
             raise ValueError(
                 f"a microbatch of {microbatch} rows (batch.rows / batch.accumulation) does not divide among "
-                f"mesh.data * mesh.fsdp = {self.mesh.size} devices"
+                f"mesh.data * mesh.fsdp * mesh.expert = {self.mesh.row_groups} devices"
             )
+        if self.data.row_length % self.mesh.context:
+            raise ValueError(f"data.row_length = {self.data.row_length} does not divide by mesh.context = {self.mesh.context}")
         return self
 
     def with_steps(self, num_rows: int) -> "TrainConfig":

@@ -19,11 +19,12 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.quant import QuantPolicy, default_policy, make_expert_quant
-from gptoss_jax.sharding import batch_sharding, expert_parallel, local_rows, make_mesh, param_shardings, replicated
+from gptoss_jax.sharding import local_rows, make_mesh
 from gptoss_jax.sharding.distributed import check_same, is_first
 from gptoss_jax.training.config import DataConfig, TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
+from gptoss_jax.training.plan import present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.yaml_config import dump_config
@@ -54,6 +55,17 @@ def load_packed(path: str, tokenizer: Any, data: DataConfig) -> Packed:
     return pack(documents, data.row_length, packed=data.packing, too_long=data.too_long)
 
 
+def with_mesh(train: TrainConfig, config: GptOssConfig) -> TrainConfig:
+    """The config with `mesh: auto` resolved for all devices present.
+
+    Raises:
+      UsageError: no mesh fits, or the kind of device is unknown.
+    """
+    if not train.mesh.auto:
+        return train
+    return train.model_copy(update={"mesh": proposed_mesh(config, train, present_device(), len(jax.devices()))})
+
+
 def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None:
     """Layout on the mesh of the config; None on one device.
 
@@ -65,8 +77,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
         raise UsageError(f"config: mesh has {train.mesh.size} devices, but {processes} processes with {devices} devices take part")
     if train.mesh.size == 1:
         return None
-    mesh = make_mesh(data=train.mesh.data, fsdp=train.mesh.fsdp)
-    return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh))
+    return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
 
 
 def _look_at(path: str) -> tuple[GptOssConfig, Path]:
@@ -99,12 +110,15 @@ def run_stage(
     with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
         config, directory = (model.config, model.directory) if model else _look_at(train.model)
         policy = quant_policy(train, config)
+        automatic, train = train.mesh.auto, with_mesh(train, config)
         shardings = make_shardings(train, config)
         tokenizer = load_tokenizer(directory)
         packed = load_packed(train.data.train, tokenizer, train.data)
         held_out = load_packed(train.data.eval, tokenizer, train.data) if train.data.eval else None
         train = train.with_steps(len(packed.rows.tokens_BT))
         progress = progress or Progress(train.steps, None if is_first() else Console(quiet=True))
+        if automatic:
+            progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))

@@ -19,14 +19,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import ExpertQuant, plain_cast
 from gptoss_jax.quant.expert_quant import PROJECTIONS
+from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, batch_sharding, distribution, param_shardings, replicated
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
@@ -45,12 +47,17 @@ class TrainState(NamedTuple):
 
 
 class Shardings(NamedTuple):
-    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars; and how the experts run there (None: as the compiler likes)."""
+    """Where things lie on a mesh: each parameter, a batch [B, T], and scalars; and how layers run there (None: as the compiler likes)."""
 
     params: Mapping[str, Sharding]
     batch: Sharding
     scalar: Sharding
     distribute: Distribute | None = None
+
+    @classmethod
+    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> "Shardings":
+        """What the rules make of this model and mesh."""
+        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules))
 
 
 class Captured(NamedTuple):
@@ -131,6 +138,7 @@ def make_loss(
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
         expert_quant = plain_cast(dtype)
+    cross_entropy = distribute.loss(cross_entropy_sum) if distribute else cross_entropy_sum
 
     def loss(trained, frozen, batch, total_weight, total_tokens):
         params = {**trained, **frozen}
@@ -139,7 +147,7 @@ def make_loss(
             remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
         )
         with jax.named_scope("loss"):
-            nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+            nll = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         nll = nll / total_weight
         aux = jnp.float32(0)
         if train.router_aux_loss_coef:
@@ -193,14 +201,14 @@ def _gradients(
     microbatches = _split(batch, num_microbatches)
     first = jax.tree.map(lambda x: x[0], microbatches)
     shapes, captured_shapes = jax.eval_shape(microbatch_grads, first)
-    zeros = lambda tree, dtype=None: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), tree)
-    start = zeros(shapes, jnp.float32)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf.dtype)), shapes)
     start = start._replace(grads=place(start.grads))
 
     def body(carry, microbatch):
         sums, _ = carry
         new, captured = microbatch_grads(microbatch)
-        return (jax.tree.map(lambda total, part: total + part.astype(jnp.float32), sums, new), captured), None
+        return (jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new), captured), None
 
     (sums, captured), _ = lax.scan(body, (start, zeros(captured_shapes)), microbatches)
     return sums, captured
@@ -254,13 +262,14 @@ def make_eval_step(
     """The compiled `eval_step(params, batch) -> (sum of weight * nll, sum of weights)` under the numerics of training, so the loss of a QAT run
     is that of its quantized weights. Sums, so that batches of different sizes average rightly."""
     dtype = jnp.dtype(train.compute_dtype)
+    cross_entropy = shardings.distribute.loss(cross_entropy_sum) if shardings and shardings.distribute else cross_entropy_sum
 
     def eval_step(params, batch):
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
             distribute=shardings and shardings.distribute,
         )  # fmt: skip
-        nll = cross_entropy_sum(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
+        nll = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, dtype)
         return nll, jnp.sum(batch.loss_weights_BT)
 
     return _jit(eval_step, shardings and (dict(shardings.params), shardings.batch), shardings and shardings.scalar, shardings)

@@ -48,7 +48,7 @@ def test_overview_answers_at_once_and_imports_no_jax(args):
 
 
 def test_commands_are_the_published_ones():
-    assert set(COMMANDS) == {"demo", "recipe", "sft", "qat", "import", "export", "verify", "logits", "eval", "env"}
+    assert set(COMMANDS) == {"demo", "recipe", "sft", "qat", "import", "export", "verify", "logits", "eval", "plan", "env"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

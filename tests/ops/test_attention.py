@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.ops.attention import attention, blockwise
+from gptoss_jax.ops.attention import Keys, attention, blockwise
 from gptoss_jax.ops.attention.blockwise import blockwise_attention
 from gptoss_jax.ops.attention.reference import attention_reference
 from gptoss_jax.ops.attention.tiles import TILES, Tile, Tiles, choose_tiles
@@ -19,7 +19,7 @@ SMALL_TILES = Tiles(forward=Tile(16, 16, 1), dq=Tile(32, 16, 1), dkv=Tile(16, 32
 BACKENDS = {
     "reference": attention_reference,
     "xla": blockwise_attention,
-    "triton": lambda *args: flash_attention(*args, SMALL_TILES, True),
+    "triton": lambda *args: flash_attention(*args, tiles=SMALL_TILES, interpret=True),
 }
 
 
@@ -86,6 +86,32 @@ class TestBackends:
         args = inputs(21, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         for got, expected in zip(value_and_grads(BACKENDS[name], args, 9), value_and_grads(attention_reference, args, 9)):
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "window,first_key,start,count", [(None, 0, 0, 13), (None, 0, 10, 13), (None, 0, 37, 3), (7, 9, 15, 16), (7, 0, 33, 7), (25, 5, 29, 8)]
+    )
+    def test_queries_in_the_middle_of_the_keys(self, name, window, first_key, start, count):
+        """Queries `start .. start + count` of a row of 40 against its keys from `first_key` on are those rows of the whole."""
+        q, k, v, sinks, segments = inputs(40)
+        here = slice(start, start + count)
+        cotangent = jax.random.normal(jax.random.key(7), q.shape).at[:, :start].set(0).at[:, start + count :].set(0)
+        whole, pull = jax.vjp(lambda *args: attention_reference(*args, segments, window), q, k, v, sinks)
+
+        @jax.jit
+        def part(q, k, v, sinks, start):
+            run = lambda q, k, v, sinks: BACKENDS[name](q, k, v, sinks, segments[:, here], window, Keys(segments[:, first_key:], start))
+            out, pull = jax.vjp(run, q[:, here], k[:, first_key:], v[:, first_key:], sinks)
+            return out, pull(cotangent[:, here])
+
+        out, (dq, dk, dv, dsinks) = part(q, k, v, sinks, start - first_key)
+        expected_dq, expected_dk, expected_dv, expected_dsinks = pull(cotangent)
+        close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        close(out, whole[:, here])
+        close(dq, expected_dq[:, here])
+        close(dk, expected_dk[:, first_key:])
+        close(dv, expected_dv[:, first_key:])
+        close(dsinks, expected_dsinks)
+        assert not expected_dk[:, :first_key].any()
 
     @pytest.mark.parametrize("window", [None, 4])
     def test_sink_gradient_is_that_of_finite_differences(self, name, window):

@@ -9,7 +9,7 @@ import pytest
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.quant import default_policy, make_expert_quant
-from gptoss_jax.sharding import ShardingRules, batch_sharding, expert_parallel, make_mesh, param_shardings, replicated
+from gptoss_jax.sharding import ShardingRules, expert_parallel, make_mesh
 from gptoss_jax.sharding.rules import DEFAULT_TABLE
 from gptoss_jax.training.config import parse
 from gptoss_jax.training.step import Shardings, abstract_state, init_state, make_capture_step, make_loss, make_train_step
@@ -29,10 +29,6 @@ def setting(tiny_config):
     return tiny_config, params, random_batch(tiny_config.vocab_size, rows=8, length=24, seed=3)
 
 
-def layout(config, mesh):
-    return Shardings(param_shardings(config, mesh), batch_sharding(mesh), replicated(mesh), expert_parallel(mesh))
-
-
 def gradients(config, params, batch, quant, shardings=None):
     train = parse({"compute_dtype": "float32"})
     expert_quant = make_expert_quant(default_policy("mxfp4"), jnp.float32) if quant else None
@@ -49,7 +45,7 @@ def gradients(config, params, batch, quant, shardings=None):
 def test_loss_and_gradients_equal_one_device(setting, sizes, quant):
     config, params, batch = setting
     loss, grads = gradients(config, params, batch, quant)
-    sharded_loss, sharded = gradients(config, params, batch, quant, layout(config, make_mesh(**sizes)))
+    sharded_loss, sharded = gradients(config, params, batch, quant, Shardings.on(config, make_mesh(**sizes)))
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
     for name, grad in grads.items():
         scale = np.abs(grad).max()
@@ -71,7 +67,7 @@ def test_codes_and_consumed_weights_equal_one_device_bit_for_bit(setting, fmt):
     config, params, batch = setting
     one = capture(config, params, batch, fmt)
     for sizes in (dict(fsdp=4, expert=2), dict(tensor=2, fsdp=2)):
-        many = capture(config, params, batch, fmt, layout(config, make_mesh(**sizes)))
+        many = capture(config, params, batch, fmt, Shardings.on(config, make_mesh(**sizes)))
         jax.tree.map(np.testing.assert_array_equal, (many.codes, many.weights), (one.codes, one.weights))
 
 
@@ -84,7 +80,7 @@ def all_gathers(text):
 def test_codes_travel_and_weights_do_not(setting):
     """In the compiled QAT step over fsdp, what is gathered of the experts is uint8: half a byte per weight and a scale per 32."""
     config, _, _ = setting
-    shardings = layout(config, make_mesh(fsdp=8))
+    shardings = Shardings.on(config, make_mesh(fsdp=8))
     train = parse({"steps": 3, "compute_dtype": "bfloat16", "quant": {"format": "mxfp4"}})
     step = make_train_step(config, train, make_expert_quant(default_policy("mxfp4"), jnp.bfloat16), shardings)
     batch = jax.eval_shape(lambda: random_batch(config.vocab_size, rows=8, length=24))

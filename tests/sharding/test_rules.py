@@ -13,8 +13,8 @@ from gptoss_jax.sharding.rules import DEFAULT_TABLE
 
 
 def test_indivisible_dimension_is_named_with_sizes_that_fit():
-    with pytest.raises(UsageError, match=r"down_proj: dimension 'expert_mlp' of size 64 does not divide by tensor = 3; it divides by \[1, 2\]"):
-        param_shardings(tiny(), make_mesh(tensor=3))
+    with pytest.raises(UsageError, match=r"down_proj: dimension 'expert' of size 8 does not divide by fsdp = 3; it divides by \[1, 2\]"):
+        param_shardings(tiny(), make_mesh(fsdp=3))
 
 
 def test_cut_quantization_block_is_refused():

@@ -18,6 +18,8 @@ probabilities and ds are rounded to the type of v and q for their products, as i
 Row numbers are 32 bit: 131,072 tokens of 8 heads are 2^20. Element offsets take 64 bits in the lowering where an array has more than 2^32 bytes;
 below that they fit 31, an element having two bytes or more.
 
+Query t is token `offset + t` of the keys: 0, or where this device's part of a row begins among the keys that it got.
+
 Legend: B batch  T tokens  N query heads  K kv heads  G=N/K  H head dim, P its next power of two  R rows of a tile  U keys of a tile
 """
 
@@ -41,6 +43,7 @@ class Sizes(NamedTuple):
     """What a kernel knows at compile time."""
 
     length: int
+    keys: int
     group: int
     head_dim: int
     window: int | None
@@ -65,9 +68,9 @@ def _rows(sizes: Sizes, start):
 
 
 def _keys(sizes: Sizes, start):
-    """Tokens [U] of the keys from `start` on; which of them exist, None if all do."""
+    """Numbers [U] of the keys from `start` on; which of them exist, None if all do."""
     token_U = start + jnp.arange(sizes.tile.keys, dtype=jnp.int32)
-    return token_U, None if sizes.length % sizes.tile.keys == 0 else token_U < sizes.length
+    return token_U, None if sizes.keys % sizes.tile.keys == 0 else token_U < sizes.keys
 
 
 def _place(ref, index, inside):
@@ -96,11 +99,11 @@ def _dot(a, b, contract):
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _key_tiles(sizes: Sizes, start):
+def _key_tiles(sizes: Sizes, start, offset):
     """Key tiles `first .. last - 1` are seen by the rows from `start` on; before `border` all their keys are, segments apart."""
     group, keys = jnp.int32(sizes.group), jnp.int32(sizes.tile.keys)
-    first_token = lax.div(start, group)
-    last_token = jnp.minimum(lax.div(start + (sizes.tile.rows - 1), group), sizes.length - 1)
+    first_token = offset + lax.div(start, group)
+    last_token = offset + jnp.minimum(lax.div(start + (sizes.tile.rows - 1), group), sizes.length - 1)
     last = lax.div(last_token, keys) + 1
     if sizes.window is None:
         return jnp.int32(0), lax.div(first_token + 1, keys), last
@@ -108,36 +111,38 @@ def _key_tiles(sizes: Sizes, start):
     return first, first, last  # the few tiles of a window nearly all have a border in them
 
 
-def _row_tiles(sizes: Sizes, start):
+def _row_tiles(sizes: Sizes, start, offset):
     """Row tiles `first .. last - 1` see the keys from `start` on; from `whole` on they see all of them, segments apart."""
     rows, end_key = jnp.int32(sizes.tile.rows), start + sizes.tile.keys
-    tiles_of = lambda tokens: lax.div(tokens * sizes.group + (sizes.tile.rows - 1), rows)
-    first, last = lax.div(start * sizes.group, rows), jnp.int32(-(-sizes.length * sizes.group // sizes.tile.rows))
+    token_of = lambda key: jnp.maximum(key - offset, 0)
+    tiles_of = lambda key: lax.div(token_of(key) * sizes.group + (sizes.tile.rows - 1), rows)
+    first, last = lax.div(token_of(start) * sizes.group, rows), jnp.int32(-(-sizes.length * sizes.group // sizes.tile.rows))
     if sizes.window is None:
         return first, jnp.minimum(tiles_of(end_key - 1), last), last
     last = jnp.minimum(tiles_of(end_key + (sizes.window - 1)), last)
     return first, last, last
 
 
-def forward_kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, out_ref, lse_ref, *, sizes: Sizes):
+def forward_kernel(q_ref, k_ref, v_ref, segments_ref, key_segments_ref, offset_ref, sinks_ref, out_ref, lse_ref, *, sizes: Sizes):
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * sizes.tile.rows  # the longest programs first
     token_R, head_R, inside_R = _rows(sizes, start)
     q_RP = _load(q_ref, (token_R, head_R), inside_R)
     segment_R = _load(segments_ref, (token_R,), inside_R, -1)
+    offset = offset_ref[0]
 
     def turn(i, carry, border):
         top_R, sum_R, out_RP = carry
         token_U, inside_U = _keys(sizes, i * sizes.tile.keys)
-        see_RU = segment_R[:, None] == _load(segments_ref, (token_U,), inside_U, -2)[None]
+        see_RU = segment_R[:, None] == _load(key_segments_ref, (token_U,), inside_U, -2)[None]
         if border:
-            see_RU &= visible(token_R[:, None], token_U[None], 0, 0, sizes.window)
+            see_RU &= visible(offset + token_R[:, None], token_U[None], 0, 0, sizes.window)
         s_RU = jnp.where(see_RU, _dot(q_RP, _load(k_ref, (token_U,), inside_U), NT) * sizes.score_scale, MASKED)
         new_top_R = jnp.maximum(top_R, jnp.max(s_RU, axis=1))
         shrink_R, p_RU = jnp.exp2(top_R - new_top_R), jnp.exp2(s_RU - new_top_R[:, None])
         v_UP = _load(v_ref, (token_U,), inside_U)
         return new_top_R, sum_R * shrink_R + jnp.sum(p_RU, axis=1), out_RP * shrink_R[:, None] + _dot(p_RU.astype(v_UP.dtype), v_UP, NN)
 
-    first, border, last = _key_tiles(sizes, start)
+    first, border, last = _key_tiles(sizes, start, offset)
     carry = _load(sinks_ref, (head_R,), None) * LOG2_E, jnp.ones(token_R.shape, jnp.float32), jnp.zeros(q_RP.shape, jnp.float32)
     carry = lax.fori_loop(first, border, partial(turn, border=False), carry)
     top_R, sum_R, out_RP = lax.fori_loop(border, last, partial(turn, border=True), carry)
@@ -145,35 +150,37 @@ def forward_kernel(q_ref, k_ref, v_ref, sinks_ref, segments_ref, out_ref, lse_re
     _store(lse_ref, (token_R, head_R), inside_R, (top_R + jnp.log2(sum_R)) / LOG2_E)
 
 
-def dq_kernel(q_ref, k_ref, v_ref, segments_ref, do_ref, lse_ref, delta_ref, dq_ref, *, sizes: Sizes):
+def dq_kernel(q_ref, k_ref, v_ref, segments_ref, key_segments_ref, offset_ref, do_ref, lse_ref, delta_ref, dq_ref, *, sizes: Sizes):
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * sizes.tile.rows
     token_R, head_R, inside_R = _rows(sizes, start)
     q_RP, do_RP = (_load(ref, (token_R, head_R), inside_R) for ref in (q_ref, do_ref))
     lse_R, delta_R = (_load(ref, (token_R, head_R), inside_R) for ref in (lse_ref, delta_ref))
     segment_R = _load(segments_ref, (token_R,), inside_R, -1)
     lse2_R = lse_R * LOG2_E
+    offset = offset_ref[0]
 
     def turn(i, dq_RP, border):
         token_U, inside_U = _keys(sizes, i * sizes.tile.keys)
         k_UP, v_UP = (_load(ref, (token_U,), inside_U) for ref in (k_ref, v_ref))
-        see_RU = segment_R[:, None] == _load(segments_ref, (token_U,), inside_U, -2)[None]
+        see_RU = segment_R[:, None] == _load(key_segments_ref, (token_U,), inside_U, -2)[None]
         if border:
-            see_RU &= visible(token_R[:, None], token_U[None], 0, 0, sizes.window)
+            see_RU &= visible(offset + token_R[:, None], token_U[None], 0, 0, sizes.window)
         p_RU = jnp.exp2(jnp.where(see_RU, _dot(q_RP, k_UP, NT) * sizes.score_scale - lse2_R[:, None], MASKED))
         ds_RU = p_RU * (_dot(do_RP, v_UP, NT) - delta_R[:, None])
         return dq_RP + _dot(ds_RU.astype(k_UP.dtype), k_UP, NN)
 
-    first, border, last = _key_tiles(sizes, start)
+    first, border, last = _key_tiles(sizes, start, offset)
     dq_RP = lax.fori_loop(first, border, partial(turn, border=False), jnp.zeros(q_RP.shape, jnp.float32))
     dq_RP = lax.fori_loop(border, last, partial(turn, border=True), dq_RP)
     _store(dq_ref, (token_R, head_R), inside_R, dq_RP * sizes.head_dim**-0.5)
 
 
-def dkv_kernel(q_ref, k_ref, v_ref, segments_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, sizes: Sizes):
+def dkv_kernel(q_ref, k_ref, v_ref, segments_ref, key_segments_ref, offset_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, sizes: Sizes):
     start = pl.program_id(0) * sizes.tile.keys  # the first keys are seen by most rows
     token_U, inside_U = _keys(sizes, start)
     k_UP, v_UP = (_load(ref, (token_U,), inside_U) for ref in (k_ref, v_ref))
-    segment_U = _load(segments_ref, (token_U,), inside_U, -2)
+    segment_U = _load(key_segments_ref, (token_U,), inside_U, -2)
+    offset = offset_ref[0]
 
     def turn(i, carry, border):
         dk_UP, dv_UP = carry
@@ -182,12 +189,12 @@ def dkv_kernel(q_ref, k_ref, v_ref, segments_ref, do_ref, lse_ref, delta_ref, dk
         lse_R, delta_R = (_load(ref, (token_R, head_R), inside_R) for ref in (lse_ref, delta_ref))
         see_UR = segment_U[:, None] == _load(segments_ref, (token_R,), inside_R, -1)[None]
         if border:
-            see_UR &= visible(token_R[None], token_U[:, None], 0, 0, sizes.window)
+            see_UR &= visible(offset + token_R[None], token_U[:, None], 0, 0, sizes.window)
         p_UR = jnp.exp2(jnp.where(see_UR, _dot(k_UP, q_RP, NT) * sizes.score_scale - lse_R[None] * LOG2_E, MASKED))
         ds_UR = p_UR * (_dot(v_UP, do_RP, NT) - delta_R[None])
         return dk_UP + _dot(ds_UR.astype(q_RP.dtype), q_RP, NN), dv_UP + _dot(p_UR.astype(do_RP.dtype), do_RP, NN)
 
-    first, whole, last = _row_tiles(sizes, start)
+    first, whole, last = _row_tiles(sizes, start, offset)
     zeros_UP = jnp.zeros(k_UP.shape, jnp.float32)
     carry = lax.fori_loop(first, whole, partial(turn, border=True), (zeros_UP, zeros_UP))
     dk_UP, dv_UP = lax.fori_loop(whole, last, partial(turn, border=False), carry)

@@ -17,12 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.precision import wide
+from gptoss_jax.quant import Gather
+
 # float32 logits of one block of tokens stay below this many elements (64 Mi = 256 MiB; 333 tokens of gpt-oss)
 MAX_BLOCK_LOGITS = 1 << 26
 
 
 def _logits(hidden_SD, w_VD, dtype):
-    return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=wide(dtype))
 
 
 def _picked(logits_SV, targets_S):
@@ -41,19 +44,29 @@ def _blocks(num_tokens: int, vocab: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(map(split, arrays))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _whole(w_VD, dtype, gathers):
+    w_VD = w_VD.astype(dtype)
+    for gather in gathers:
+        w_VD = gather.whole(w_VD)
+    return w_VD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sum(
     hidden_BTD: Float[Array, "B T D"],
     w_VD: Float[Array, "V D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     dtype=jnp.bfloat16,
+    gathers: tuple[Gather, ...] = (),
 ) -> Float[Array, ""]:
     """Sum over tokens of `weight * -log softmax(hidden @ w.T)[target]`, float32. Differentiable in hidden and w.
 
     Products run in `dtype` with float32 accumulation; the gradient of w is summed over blocks in float32 and returned in w's own dtype, so pass
-    the master weights.
+    the master weights. Inside a `jax.shard_map` with `gathers`, w is a shard, which they make whole in `dtype`, and so is its gradient, summed over
+    the devices in float32; the result is the sum over this device's tokens.
     """
+    w_VD = _whole(w_VD, dtype, gathers)
 
     def block_sum(hidden_SD, targets_S, weights_S):
         logits_SV = _logits(hidden_SD, w_VD, dtype)
@@ -62,31 +75,33 @@ def cross_entropy_sum(
     return jnp.sum(lax.map(lambda xs: block_sum(*xs), _blocks(targets_BT.size, w_VD.shape[0], hidden_BTD, targets_BT, weights_BT)))
 
 
-def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype):
-    num_tokens, vocab = targets_BT.size, w_VD.shape[0]
-    w_cast_VD = w_VD.astype(dtype)
+def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers):
+    w_cast_VD = _whole(w_VD, dtype, gathers)
+    num_tokens, vocab = targets_BT.size, w_cast_VD.shape[0]
 
     def body(carry, block):
         total, dw_VD = carry
         hidden_SD, targets_S, weights_S = block
-        logits_SV = _logits(hidden_SD, w_VD, dtype)
+        logits_SV = _logits(hidden_SD, w_cast_VD, dtype)
         top_S = jnp.max(logits_SV, axis=1)
         exp_SV = jnp.exp(logits_SV - top_S[:, None])
         sum_S = jnp.sum(exp_SV, axis=1)
         total += jnp.sum(weights_S * (top_S + jnp.log(sum_S) - _picked(logits_SV, targets_S)))
         is_target_SV = jnp.arange(vocab) == targets_S[:, None]
         dz_SV = (exp_SV * (weights_S / sum_S)[:, None] - jnp.where(is_target_SV, weights_S[:, None], 0)).astype(dtype)
-        dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=jnp.float32)
-        dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=jnp.float32)
+        dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=wide(dtype))
+        dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=wide(dtype))
         return (total, dw_VD), dhidden_SD.astype(hidden_BTD.dtype)
 
-    start = jnp.float32(0), jnp.zeros(w_VD.shape, jnp.float32)
+    start = jnp.zeros((), wide(dtype)), jnp.zeros(w_cast_VD.shape, wide(dtype))
     (total, dw_VD), dhidden = lax.scan(body, start, _blocks(num_tokens, vocab, hidden_BTD, targets_BT, weights_BT))
     dhidden_BTD = dhidden.reshape(-1, hidden_BTD.shape[-1])[:num_tokens].reshape(hidden_BTD.shape)
+    for gather in reversed(gathers):
+        dw_VD = gather.scatter_sum(dw_VD)
     return total, (dhidden_BTD, dw_VD.astype(w_VD.dtype))
 
 
-def _backward(dtype, gradients, scale):
+def _backward(dtype, gathers, gradients, scale):
     dhidden_BTD, dw_VD = gradients
     return (dhidden_BTD * scale).astype(dhidden_BTD.dtype), (dw_VD * scale).astype(dw_VD.dtype), None, None
 

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from gptoss_jax.ops.backend import resolve_backend
-from gptoss_jax.ops.grouped_matmul.groups import RowGroups, combine, dispatch, group_rows
+from gptoss_jax.ops.grouped_matmul.groups import RowGroups, combine, dispatch, group_rows, max_slots
 
 # Rows of a block, to which each expert's rows are padded. XLA joins blocks to larger pieces, so there small ones pad less.
 BLOCK_ROWS = {"xla": 32, "triton": 128}
@@ -51,4 +51,4 @@ def _backward(backend, residual, dy_PN):
 
 _grouped_matmul.defvjp(_forward, _backward)
 
-__all__ = ["RowGroups", "block_rows", "combine", "dispatch", "group_rows", "grouped_matmul"]
+__all__ = ["RowGroups", "block_rows", "combine", "dispatch", "group_rows", "grouped_matmul", "max_slots"]

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.precision import wide
+
 
 class RowGroups(NamedTuple):
     """Where every routed row lies.
@@ -37,6 +39,12 @@ class RowGroups(NamedTuple):
         return self.assignment_P // self.slot_SA.shape[1]
 
 
+def max_slots(num_rows: int, num_experts: int, block_rows: int) -> int:
+    """Slots that hold any routing of so many rows: the sum of ceil(n_e / M) over the experts is at most floor(R/M) + E, and at most R since a used
+    block holds a row."""
+    return block_rows * max(1, min(num_rows // block_rows + num_experts, num_rows))
+
+
 def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int) -> RowGroups:
     """Lays the assignments out in blocks of `block_rows`, each block of one expert.
 
@@ -45,9 +53,8 @@ def group_rows(experts_SA: Int[Array, "S A"], num_experts: int, block_rows: int)
     """
     num_tokens, per_token = experts_SA.shape
     num_rows = num_tokens * per_token
-    # sum of ceil(n_e / M) over the experts is at most floor(R/M) + E, and at most R since a used block holds a row
-    max_blocks = max(1, min(num_rows // block_rows + num_experts, num_rows))
-    num_slots = max_blocks * block_rows
+    num_slots = max_slots(num_rows, num_experts, block_rows)
+    max_blocks = num_slots // block_rows
 
     experts_R = experts_SA.reshape(num_rows)
     order_R = jnp.argsort(experts_R, stable=True)
@@ -79,19 +86,20 @@ def take_or_zero(x_XD: Array, index: Array) -> Array:
 
 def sum_slots(y_PD: Float[Array, "P D"], groups: RowGroups) -> Float[Array, "S D"]:
     """Sum of each token's A rows, accumulated in float32."""
-    return jnp.sum(take_or_zero(y_PD, groups.slot_SA), axis=1, dtype=jnp.float32).astype(y_PD.dtype)
+    return jnp.sum(take_or_zero(y_PD, groups.slot_SA), axis=1, dtype=wide(y_PD.dtype)).astype(y_PD.dtype)
 
 
 def weighted_sum(y_PD: Float[Array, "P D"], weights_SA: Float[Array, "S A"], groups: RowGroups) -> Float[Array, "S D"]:
     """`out[s] = sum_a weights[s, a] * y[slot[s, a]]`, accumulated in float32."""
-    y_SAD = take_or_zero(y_PD, groups.slot_SA).astype(jnp.float32)
-    return jnp.einsum("sad,sa->sd", y_SAD, weights_SA.astype(jnp.float32)).astype(y_PD.dtype)
+    y_SAD = take_or_zero(y_PD, groups.slot_SA).astype(wide(y_PD.dtype))
+    return jnp.einsum("sad,sa->sd", y_SAD, weights_SA.astype(y_SAD.dtype)).astype(y_PD.dtype)
 
 
 def weighted_sum_gradients(y_PD, weights_SA, groups: RowGroups, g_SD) -> tuple[Float[Array, "P 1"], Float[Array, "S A"]]:
     """For the gradient g of `weighted_sum`: the weight of each slot, 0 on padding (dy is that times g of the slot's token), and dweights."""
-    weights_P = take_or_zero(weights_SA.astype(jnp.float32).reshape(-1, 1), groups.assignment_P)
-    dweights_SA = jnp.einsum("sad,sd->sa", take_or_zero(y_PD, groups.slot_SA).astype(jnp.float32), g_SD.astype(jnp.float32))
+    dtype = wide(y_PD.dtype)
+    weights_P = take_or_zero(weights_SA.astype(dtype).reshape(-1, 1), groups.assignment_P)
+    dweights_SA = jnp.einsum("sad,sd->sa", take_or_zero(y_PD, groups.slot_SA).astype(dtype), g_SD.astype(dtype))
     return weights_P, dweights_SA.astype(weights_SA.dtype)
 
 
@@ -125,7 +133,7 @@ def _combine_forward(y_PD, weights_SA, groups):
 def _combine_backward(residual, g_SD):
     y_PD, weights_SA, groups = residual
     weights_P, dweights_SA = weighted_sum_gradients(y_PD, weights_SA, groups, g_SD)
-    dy_PD = (weights_P * take_or_zero(g_SD.astype(jnp.float32), groups.token_P)).astype(y_PD.dtype)
+    dy_PD = (weights_P * take_or_zero(g_SD.astype(weights_P.dtype), groups.token_P)).astype(y_PD.dtype)
     return dy_PD, dweights_SA, None
 
 

@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups
+from gptoss_jax.precision import wide
 
 # Rows of the largest piece. Beyond it the products gain little, and an expert's last rows would fall into more small pieces.
 MAX_PIECE_ROWS = 1024
@@ -59,7 +60,7 @@ def cut(groups: RowGroups) -> list[Pieces]:
 
 
 def dot(a, b, contract):
-    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=wide(a.dtype))
 
 
 def bits(x):
@@ -99,13 +100,13 @@ def forward(x_PK, w_ENK, bias_EN, groups: RowGroups):
     x_bits_PK, w_bits_ENK = bits(x_PK), bits(w_ENK)
 
     def body(y_PN, e, take, put):
-        return put(y_PN, dot(take(x_bits_PK), of_expert(w_bits_ENK, e), ((1,), (1,))) + bias_EN[e].astype(jnp.float32))
+        return put(y_PN, dot(take(x_bits_PK), of_expert(w_bits_ENK, e), ((1,), (1,))) + bias_EN[e].astype(wide(x_PK.dtype)))
 
     return values(over_pieces(groups, body, bits(jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))))
 
 
 def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
-    """(dx_PK in the dtype of dy, dw_ENK float32, dbias_EN float32)."""
+    """(dx_PK in the dtype of dy, dw_ENK and dbias_EN in that of sums)."""
     dy_bits_PN, x_bits_PK, w_bits_ENK = bits(dy_PN), bits(x_PK), bits(w_ENK)
 
     def body(carry, e, take, put):
@@ -113,8 +114,8 @@ def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
         dy_MN = take(dy_bits_PN)
         dx_PK = put(dx_PK, dot(dy_MN, of_expert(w_bits_ENK, e), ((1,), (0,))))
         dw_ENK = dw_ENK.at[e].add(dot(dy_MN, take(x_bits_PK), ((0,), (0,))))
-        return dx_PK, dw_ENK, dbias_EN.at[e].add(jnp.sum(dy_MN, axis=0, dtype=jnp.float32))
+        return dx_PK, dw_ENK, dbias_EN.at[e].add(jnp.sum(dy_MN, axis=0, dtype=wide(dy_PN.dtype)))
 
-    start = bits(jnp.zeros(x_PK.shape, dy_PN.dtype)), jnp.zeros(w_ENK.shape, jnp.float32), jnp.zeros(w_ENK.shape[:2], jnp.float32)
+    start = bits(jnp.zeros(x_PK.shape, dy_PN.dtype)), *(jnp.zeros(shape, wide(dy_PN.dtype)) for shape in (w_ENK.shape, w_ENK.shape[:2]))
     dx_PK, dw_ENK, dbias_EN = over_pieces(groups, body, start)
     return values(dx_PK), dw_ENK, dbias_EN
