@@ -1,4 +1,4 @@
-"""A training script of your own: your mesh and axis names, your loss, your Optax chain; the library gives the model, its layout, and its 4-bit weights.
+"""A training script of your own: your mesh and axis names, your loss, your Optax chain; the library gives model, layout and 4-bit weights.
 
     python scripts/train_pjit.py MODEL DATA.jsonl OUT --replica 2 --model 4 --format mxfp4
 

@@ -74,8 +74,8 @@ def test_placed_rows_are_the_global_batch(monkeypatch):
     for view in views(mesh, 2, sharding):
         rows = local_rows(ROWS, LENGTH, view)
         assert len(rows) == 4 and rows[1] == rows[0] + 1 and rows[2] != rows[1] + 1
-        made = {}
-        monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, s, part: [part(i) for i in s.addressable_devices_indices_map(shape).values()])
+        parts_here = lambda shape, s, part: [part(index) for index in s.addressable_devices_indices_map(shape).values()]
+        monkeypatch.setattr(jax, "make_array_from_callback", parts_here)
         made = place_rows(Batch(*(array[rows] for array in whole)), ROWS, view)
         expected = [whole.tokens_BT[index] for index in view.addressable_devices_indices_map((ROWS, LENGTH)).values()]
         jax.tree.map(np.testing.assert_array_equal, made.tokens_BT, expected)
