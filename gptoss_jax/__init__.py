@@ -25,7 +25,7 @@ PUBLIC = {
 }  # fmt: skip
 _FOLDER = {name: folder for folder, names in PUBLIC.items() for name in names}
 
-__all__ = ["PUBLIC", "__version__", *_FOLDER]  # noqa: PLE0604
+__all__ = ["PUBLIC", "__version__", *_FOLDER]
 
 
 def __getattr__(name: str):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import gptoss_jax as gj
@@ -33,7 +33,7 @@ def batches(tokenizer, file: str, rows: int, length: int, sharding):
         yield gj.place_rows(batch, rows, sharding)
 
 
-def make_step(config, optimizer, expert_quant, distribute):
+def make_step(config, optimizer, expert_quant, distribute, shardings):
     cross_entropy = distribute.loss(gj.cross_entropy_sum)
 
     def loss(params, batch: gj.Batch):
@@ -44,8 +44,14 @@ def make_step(config, optimizer, expert_quant, distribute):
         total = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, jnp.bfloat16)
         return total / jnp.maximum(jnp.sum(batch.loss_weights_BT), 1)
 
+    gradients = jax.value_and_grad(loss)
+    mesh = next(iter(shardings.values())).mesh
+    if AxisType.Explicit in mesh.axis_types:  # the model leaves what lies between given shardings to the compiler
+        results = PartitionSpec(), {name: sharding.spec for name, sharding in shardings.items()}
+        gradients = jax.sharding.auto_axes(gradients, axes=mesh.axis_names, out_sharding=results)
+
     def step(params, opt_state, batch):
-        value, grads = jax.value_and_grad(loss)(params, batch)
+        value, grads = gradients(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
@@ -75,11 +81,12 @@ def main() -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4, weight_decay=0.0))
     opt_state = optimizer.init(params)  # not under jit: moments then lie as their parameters do
     policy = None if options.format == "bf16" else gj.default_policy(options.format)
-    step = make_step(config, optimizer, gj.make_expert_quant(policy, jnp.bfloat16), gj.distribution(mesh, rules))
+    step = make_step(config, optimizer, gj.make_expert_quant(policy, jnp.bfloat16), gj.distribution(mesh, rules), shardings)
 
     stream = batches(gj.load_tokenizer(source.path), options.data, options.rows, options.length, rows)
     for number, batch in zip(range(options.steps), stream):
-        params, opt_state, value = step(params, opt_state, batch)
+        with jax.set_mesh(mesh):
+            params, opt_state, value = step(params, opt_state, batch)
         if gj.is_first():
             print(f"step {number + 1}: loss {np.asarray(value):.6f}", flush=True)
 

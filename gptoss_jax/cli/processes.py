@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gptoss_jax.errors import GptOssError, RunError
+from gptoss_jax.errors import GptOssError, RunError, UsageError
 
 # how a collective fails whose other side is gone
 GONE = re.compile(r"Gloo \S+ failed|Connection (reset|closed)|Socket closed|NCCL .*(abort|remote)", re.IGNORECASE)
@@ -35,6 +35,19 @@ def all_processes(command: str) -> Iterator[None]:
     if code:
         # not sys.exit: what JAX does at exit would wait for processes that never come
         os._exit(code)
+
+
+def one_process(command: str, instead: str) -> None:
+    """Refuses to run as one of several processes.
+
+    Raises:
+      UsageError: a launcher started this process among others.
+    """
+    from gptoss_jax.sharding.cluster import find_launch
+
+    launch = find_launch(os.environ)
+    if launch is not None:
+        raise UsageError(f"{command} runs in a single process (it was started by {launch.how}); with many, run {instead}")
 
 
 def _report(command: str, error: BaseException) -> int:

@@ -66,6 +66,9 @@ def _load(path: Path | None, output: Path | None):
 
 
 def _run(config) -> list[Any]:
+    from gptoss_jax.cli.processes import one_process
+
+    one_process("a recipe", "sft, qat and export one after the other")
     from gptoss_jax.training.recipe import Recipe
 
     return Recipe(config).run()

@@ -1,6 +1,6 @@
 """Where arrays lie: the device mesh, the one table from logical axes to mesh axes, and the processes that share them."""
 
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.sharding.attention import attention_parallel
@@ -21,9 +21,13 @@ from gptoss_jax.sharding.rules import (
 def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute:
     """How `forward` runs on this mesh.
 
+    What lies between is laid out by the compiler (AxisType.Auto). On a mesh of Explicit axes call it within `jax.sharding.auto_axes`, as
+    `scripts/train_pjit.py` does.
+
     Raises:
       UsageError: rules that attention or experts cannot be run with.
     """
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules), loss_parallel(mesh, rules))
 
 

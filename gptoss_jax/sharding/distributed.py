@@ -60,6 +60,8 @@ def initialize() -> Launch | None:
             )  # fmt: skip
         except (RuntimeError, ValueError, OSError) as error:
             raise RunError(f"{me} could not join the others{where} ({launch.how}): {str(error).splitlines()[0]}") from error
+        # gloo connects at the first collective and waits 30 s for the others: now they are near, after compiling they may not be
+        barrier("joined")
     return launch
 
 

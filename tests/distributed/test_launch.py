@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gptoss_jax.cli import main
 from gptoss_jax.sharding.cluster import Launch, find_launch
 from scripts.launch.local import free_port
 
@@ -59,6 +60,13 @@ def test_kubernetes_manifest_tells_every_pod_who_takes_part():
     _, job = yaml.safe_load_all((ROOT / "scripts" / "launch" / "kubernetes.yaml").read_text())
     variables = {entry["name"]: entry.get("value", "1") for entry in job["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert find_launch(variables) == Launch("COORDINATOR_ADDRESS", "gptoss-jax-0.gptoss-jax:29500", job["spec"]["completions"], 1)
+
+
+def test_recipe_of_many_processes_is_refused(monkeypatch, capsys):
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["recipe"]) == 2
+    assert "a recipe runs in a single process (it was started by torchrun); with many, run sft, qat and export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

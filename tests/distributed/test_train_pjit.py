@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from gptoss_jax import export_hf, init_params, load_params, verify_dir
@@ -48,32 +49,36 @@ def one_device(root):
     return root / "one"
 
 
-def test_own_mesh_trains_as_one_device_and_exports_what_it_saved(root, one_device, monkeypatch, capsys):
-    many = train(monkeypatch, capsys, root, "many", 2, 2)
+def differing(one, other):
+    """Share of the weights in two directories that differ."""
+    (_, ours), (_, theirs) = load_params(one), load_params(other)
+    return sum(int((np.asarray(ours[name]) != np.asarray(theirs[name])).sum()) for name in ours) / sum(p.size for p in ours.values())
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+def test_own_mesh_trains_as_one_device_and_exports_what_it_saved(root, one_device, axis_type, monkeypatch, capsys):
+    many = train(monkeypatch, capsys, root, axis_type, 2, 2, "--axis-type", axis_type)
     assert len(many) == 2 and np.isfinite(many).all()
-    _, one = load_params(one_device / "export")
-    _, sharded = load_params(root / "many" / "export")
-    differing = sum(int((np.asarray(one[name]) != np.asarray(sharded[name])).sum()) for name in one)
-    assert differing < 0.01 * sum(p.size for p in one.values())
-    assert verify_dir(root / "many" / "export", against=restored(root / "many" / "checkpoint")).ok
+    assert differing(one_device / "export", root / axis_type / "export") < 0.01
+    assert verify_dir(root / axis_type / "export", against=restored(root / axis_type / "checkpoint")).ok
 
 
 def restored(checkpoint):
-    return ocp.load_checkpointables(checkpoint)["params"]
+    """Parameters that plain Orbax wrote, on one device whatever the mesh was."""
+    place = SingleDeviceSharding(jax.devices()[0])
+    stored = ocp.checkpointables_metadata(checkpoint).metadata["params"]
+    target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in stored.items()}
+    return ocp.load_checkpointables(checkpoint, {"params": target})["params"]
 
 
 @pytest.mark.slow
 def test_processes_train_the_same_and_export_from_their_shards(root, one_device):
-    """Launched by the variables of JAX itself rather than those of torchrun."""
     with Processes(2, ["scripts/train_pjit.py", *arguments(root, "processes", 1, 2)]) as run:
         assert run.end() == 0, run.text
     assert len(losses(run.text)) == 2, run.text
     report = verify_dir(root / "processes" / "export", against=restored(root / "processes" / "checkpoint"))
     assert report.ok, report
-    _, ours = load_params(root / "processes" / "export")
-    _, theirs = load_params(one_device / "export")
-    differing = sum(int((np.asarray(ours[name]) != np.asarray(theirs[name])).sum()) for name in ours)
-    assert differing < 0.01 * sum(p.size for p in ours.values())
+    assert differing(one_device / "export", root / "processes" / "export") < 0.01
 
 
 BARE = """
@@ -85,9 +90,13 @@ class NoSuchPackage:
 sys.meta_path.insert(0, NoSuchPackage())
 import json
 from pathlib import Path
+import jax
 from orbax.checkpoint import v1 as ocp
 step = Path(sys.argv[1])
-params = ocp.load_checkpointables(step / "arrays")["params"]
+place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+stored = ocp.checkpointables_metadata(step / "arrays").metadata["params"]
+target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in stored.items()}
+params = ocp.load_checkpointables(step / "arrays", {"params": target})["params"]
 print(json.dumps({name: [list(p.shape), str(p.dtype), float(p.sum())] for name, p in params.items()}))
 print(json.loads((step / "meta.json").read_text())["model"]["num_local_experts"])
 """
