@@ -2,9 +2,13 @@
 
 
 class GptOssError(Exception):
-    """Base of all errors that the command line prints without a traceback."""
+    """Base of all errors that the command line prints without a traceback.
+
+    `everywhere`: in a run of many processes all have it at the same place, so that the first alone reports it.
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 class RunError(GptOssError):
@@ -23,6 +27,7 @@ class NumericsError(GptOssError):
     """Training stopped because the loss or the gradients were not finite."""
 
     exit_code = 3
+    everywhere = True
 
 
 class CorruptError(GptOssError):

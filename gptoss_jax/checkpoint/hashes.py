@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import xxhash
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax.checkpoint.hf_layout import pieces_of
 from gptoss_jax.model import GptOssConfig
@@ -44,10 +45,14 @@ def code_hashes(config: GptOssConfig, codes: Mapping[str, Any]) -> dict[str, str
     return out
 
 
+def whole(array: Any) -> Any:
+    """Of an array that spans processes, a copy that every device holds; every process must call this. Any other array as it is."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=replicated)(array)
+
+
 def to_host(array: Any) -> np.ndarray:
     """The whole array on this host; of an array that spans processes every process must call this."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+    return np.asarray(whole(array))

@@ -8,6 +8,8 @@
 A step is written under a temporary name and renamed when its manifest is complete, so a step that is listed is whole. Orbax 0.12 restores a file
 with a flipped bit silently (16 of 16 tries) and casts silently to the dtype it is asked for; here the manifest is checked before every restore,
 and shapes and dtypes must be equal. Saving is synchronous: an Orbax save that is still running when the process ends is lost with exit code 0.
+
+Of many processes each writes and reads the shards of its own devices (DIR is on a file system that all see); all else the first does alone.
 """
 
 import dataclasses
@@ -23,11 +25,11 @@ from typing import Any
 
 import jax
 import xxhash
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from gptoss_jax.errors import CorruptError, RunError, UsageError
+from gptoss_jax.sharding.distributed import is_first, on_first
 
 ARRAYS, META, ASSETS, MANIFEST = "arrays", "meta.json", "assets", "manifest.json"
 CHECKPOINTS = "checkpoints"  # name of DIR inside a run directory
@@ -108,32 +110,41 @@ def save(
     """
     directory = Path(directory).absolute()
     final, temporary = directory / str(step), directory / f"{step}.tmp"
-    if final.exists():
-        raise UsageError(f"{final} exists already")
     trees = {"params": dict(params)} | ({"optimizer": optimizer} if optimizer is not None else {})
+    files = tuple(assets)
+
+    def begin():
+        if final.exists():
+            raise UsageError(f"{final} exists already")
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(directory)
+        (temporary / ASSETS).mkdir(parents=True)
+
+    def commit():
+        for file in files:
+            shutil.copyfile(file, temporary / ASSETS / Path(file).name)
+        _write_json(temporary / META, dataclasses.asdict(meta))
+        _write_json(temporary / MANIFEST, _hash_files(temporary))
+        os.rename(temporary, final)
+        _sync_dir(directory)
+
     try:
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(directory)
-            (temporary / ASSETS).mkdir(parents=True)
-        _barrier(f"save {step}")
+        on_first(begin)
         ocp.save_checkpointables(temporary / ARRAYS, trees)
-        if jax.process_index() == 0:
-            for file in assets:
-                shutil.copyfile(file, temporary / ASSETS / Path(file).name)
-            _write_json(temporary / META, dataclasses.asdict(meta))
-            _write_json(temporary / MANIFEST, _hash_files(temporary))
-            os.rename(temporary, final)
-            _sync_dir(directory)
+        on_first(commit)
+    except UsageError:
+        raise
     except Exception as error:  # Orbax reports a full disk as ValueError
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 2**30
         free = shutil.disk_usage(directory).free / 2**30 if directory.is_dir() else float("nan")
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         room = f"{needed:.2f} GiB needed, {free:.2f} GiB free"
-        raise RunError(f"checkpoint of step {step} was not written to {directory} ({room}): {reason}") from error
-    _barrier(f"saved {step}")
-    if jax.process_index() == 0:
+        failure = RunError(f"checkpoint of step {step} was not written to {directory} ({room}): {reason}")
+        failure.everywhere = getattr(error, "everywhere", False)
+        raise failure from error
+    if is_first():
         for old in list_steps(directory)[: -keep if keep else 0]:
             shutil.rmtree(directory / str(old))
     return final
@@ -150,11 +161,6 @@ def _remove_leftovers(directory: Path) -> None:
     for path in directory.iterdir():
         if re.fullmatch(r"\d+\.tmp", path.name):
             shutil.rmtree(path)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _write_json(path: Path, value: Any) -> None:

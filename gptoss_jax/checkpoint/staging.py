@@ -26,8 +26,7 @@ def staged_directory(target: Path, need_bytes: int) -> Iterator[Path]:
       RunError: no room for `need_bytes`, or the file system refuses.
     """
     target = Path(os.path.abspath(target))
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise UsageError(f"{target}: exists and is not an empty directory")
+    refuse_used(target)
     created = [parent for parent in target.parents if not parent.exists()]
     staging = target.parent / f".{target.name}.export-{socket.gethostname()}-{os.getpid()}"
     try:
@@ -52,6 +51,11 @@ def staged_directory(target: Path, need_bytes: int) -> Iterator[Path]:
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise RunError(f"{target}: cannot be written ({what})") from None
         raise
+
+
+def refuse_used(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise UsageError(f"{target}: exists and is not an empty directory")
 
 
 def write_json(path: Path, value: Any) -> None:

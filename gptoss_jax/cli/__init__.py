@@ -60,20 +60,27 @@ def main(argv: list[str] | None = None) -> int:
     if from_shell and argv[0] in COMPUTING and "--help" not in argv:
         restart_with_huge_pages(argv)
 
-    import tyro
-
     from gptoss_jax.errors import GptOssError
 
     module, function, _, _ = COMMANDS[argv[0]]
-    run = getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)
-    parse = tyro.cli
-    if isinstance(run, dict):  # a command of two words
-        parse = tyro.extras.subcommand_cli_from_dict
-        if len(argv) == 1:
-            print("\n".join(f"gptoss-jax {argv[0]} {name:<10} {command.__doc__.splitlines()[0]}" for name, command in run.items()))
-            return 0
     try:
+        run = getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)
+        if argv == ["env"]:
+            return run()  # works without any package
+        import tyro
+
+        parse = tyro.cli
+        if isinstance(run, dict):  # a command of two words
+            parse = tyro.extras.subcommand_cli_from_dict
+            if len(argv) == 1:
+                print("\n".join(f"gptoss-jax {argv[0]} {name:<10} {command.__doc__.splitlines()[0]}" for name, command in run.items()))
+                return 0
         return parse(run, prog=f"gptoss-jax {argv[0]}", args=argv[1:], config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)) or 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("gptoss_jax"):
+            raise
+        print(f"gptoss-jax {argv[0]}: the package {error.name!r} is not installed; `gptoss-jax env` lists what is missing", file=sys.stderr)
+        return 1
     except GptOssError as error:
         print(f"gptoss-jax {argv[0]}: {error}", file=sys.stderr)
         return error.exit_code

@@ -68,9 +68,11 @@ def _nano_recipe() -> Path:
 
 def _run(config) -> None:
     """Runs the recipe; where its gate fails, the table is shown all the same."""
+    from gptoss_jax.cli.processes import one_process
     from gptoss_jax.training.recipe.gate import GateFailed
     from gptoss_jax.training.recipe.run import Recipe
 
+    one_process("a recipe", "sft, qat and export one after the other")
     try:
         Recipe(config).run()
     except GateFailed:

@@ -59,11 +59,15 @@ def _run(path: Path | None, overrides: tuple[str, ...], resume: bool, overwrite:
         print(dump_config(train), end="")
         return
 
+    from gptoss_jax.cli.processes import all_processes
+    from gptoss_jax.sharding.distributed import is_first
     from gptoss_jax.training.stage import run_stage
 
-    directory, state = run_stage(train, resume=resume, overwrite=overwrite)
-    print(f"{directory}: {int(state.step)} steps done")
-    if quantized:
-        print(f"next: gptoss-jax export {directory} OUT")
-    else:
-        print(f"next: gptoss-jax qat --config ... model={directory} quant.format=mxfp4")
+    with all_processes("qat" if quantized else "sft"):
+        directory, state = run_stage(train, resume=resume, overwrite=overwrite)
+        if is_first():
+            print(f"{directory}: {int(state.step)} steps done")
+            if quantized:
+                print(f"next: gptoss-jax export {directory} OUT")
+            else:
+                print(f"next: gptoss-jax qat --config ... model={directory} quant.format=mxfp4")

@@ -2,7 +2,8 @@
 
 The order is a grain `MapDataset`: every epoch is a fresh permutation made from (seed, epoch), epochs follow each other without a gap, and a batch may
 hold rows of two epochs. It has random access, so the position is one number, and a resume continues exactly.
-Every process makes the whole global batch and gives its devices their part: the batches are the same for any number of devices.
+The order is that of the global batch whatever the number of processes and devices; a process takes only its share of the rows of each batch. The
+packed rows themselves are made by every process.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import xxhash
 
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.errors import UsageError
+
+# which rows of every batch to make, ascending; a process makes those of its own devices (`gptoss_jax.sharding.local_rows`)
+Share = slice | np.ndarray
+WHOLE = slice(None)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -30,25 +35,27 @@ def rows_hash(rows: Batch) -> str:
     return state.hexdigest()
 
 
-def one_pass(rows: Batch, batch_size: int) -> Iterator[Batch]:
+def one_pass(rows: Batch, batch_size: int, share: Share = WHOLE) -> Iterator[Batch]:
     """All rows once, in order, in batches of one shape: the last is filled up with empty rows (segment 0, weight 0). For evaluation."""
     num_rows = len(rows.tokens_BT)
     for start in range(0, num_rows, batch_size):
-        missing = max(0, start + batch_size - num_rows)
-        yield Batch(*(np.pad(array[start : start + batch_size], ((0, missing), (0, 0))) for array in rows))
+        wanted_B = start + np.arange(batch_size)[share]
+        taken_B, real_B1 = np.minimum(wanted_B, num_rows - 1), (wanted_B < num_rows)[:, None]
+        yield Batch(*(np.where(real_B1, array[taken_B], 0) for array in rows))
 
 
 class BatchStream:
-    """Iterator of `Batch` [batch_size, T] (numpy). `state()` is small and fits JSON; `restore(state)` continues with the very next batch.
+    """Iterator of `Batch` [batch_size, T] (numpy), or of the rows `share` of each. `state()` is small and fits JSON; `restore(state)` continues with
+    the very next batch.
 
     `rows` are the rows of a whole data set (`Packed.rows`). Row indices of batch k: `indices(k)`.
     """
 
-    def __init__(self, rows: Batch, batch_size: int, seed: int, tokenizer: Any):
+    def __init__(self, rows: Batch, batch_size: int, seed: int, tokenizer: Any, share: Share = WHOLE):
         num_rows, row_length = rows.tokens_BT.shape
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, it is {batch_size}")
-        self.rows, self.next_batch = rows, 0
+        self.rows, self.share, self.next_batch = rows, share, 0
         self.fingerprint = {
             "rows": rows_hash(rows),
             "num_rows": num_rows,
@@ -68,9 +75,13 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        indices = self.indices(self.next_batch)
+        indices = self.indices(self.next_batch)[self.share]
         self.next_batch += 1
         return Batch(*(array[indices] for array in self.rows))
+
+    def digest(self) -> str:
+        """xxh3-128 of what the order and content of the batches depend on."""
+        return xxhash.xxh3_128_hexdigest(repr(self.fingerprint).encode())
 
     def state(self) -> dict[str, Any]:
         return {"next_batch": self.next_batch, "fingerprint": dict(self.fingerprint)}

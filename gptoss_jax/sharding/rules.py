@@ -110,6 +110,7 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSha
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

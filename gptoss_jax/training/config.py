@@ -162,6 +162,8 @@ class MeshConfig(Section):
 
 
 class TrainConfig(Section):
+    """All settings of a run; `configs/` has examples."""
+
     # HF directory, OpenAI directory, Orbax checkpoint of ours, or hub id
     model: str | None = None
     output: str | None = None

@@ -3,6 +3,9 @@
 Each step is dispatched before the metrics of the one before are read, so the device does not wait for the host. A checkpoint holds everything that
 the next step depends on (masters, moments, counters, data position), so an interrupted and resumed run equals an unbroken one bit for bit. A QAT
 checkpoint also holds the hashes of the codes that the compiled training program computes on the saved state.
+
+Many processes run this loop in step. Each makes its own rows of a batch; the first alone writes and prints; a signal to any of them stops all after
+the same step.
 """
 
 import time
@@ -12,6 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from gptoss_jax.checkpoint import orbax_store
@@ -19,6 +23,8 @@ from gptoss_jax.checkpoint.hashes import code_hashes
 from gptoss_jax.errors import CorruptError, NumericsError, RunError, UsageError
 from gptoss_jax.model import GptOssConfig
 from gptoss_jax.quant import QuantPolicy, make_expert_quant
+from gptoss_jax.sharding import place_rows
+from gptoss_jax.sharding.distributed import AgreedMaximum, on_first
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.run_dir import RunDir
@@ -40,8 +46,8 @@ FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "e
 
 
 class BatchIterator(Protocol):
-    """Endless batches of `train.batch.rows` rows (`gptoss_jax.data.BatchStream`). `state()` is the position of the next batch, as plain JSON;
-    `restore` refuses other data."""
+    """Endless batches of `train.batch.rows` rows, or of this process's part of them (`gptoss_jax.data.BatchStream`). `state()` is the position of
+    the next batch, as plain JSON; `restore` refuses other data."""
 
     def __next__(self) -> Any: ...
     def state(self) -> dict[str, Any]: ...
@@ -105,20 +111,24 @@ class Trainer:
           UsageError: the run was made with other settings, another model or other data.
           CorruptError: all checkpoints are damaged.
         """
+        step = on_first(self._newest_good_step)
+        if step is not None:
+            self._restore(step)
+        self.run.rewind_metrics(-1 if step is None else step)
+        return step
+
+    def _newest_good_step(self) -> int | None:
         steps = orbax_store.list_steps(self.run.checkpoints)
         while steps:
             try:
                 orbax_store.verify(self.run.checkpoints, steps[-1])
-                break
+                return steps[-1]
             except CorruptError as error:
                 if len(steps) == 1:
                     raise
                 moved = orbax_store.quarantine(self.run.checkpoints, steps.pop())
                 self.progress.note(f"WARNING: {error}; moved to {moved.name}, going on with the step before")
-        if steps:
-            self._restore(steps[-1])
-        self.run.rewind_metrics(self.step if steps else -1)
-        return self.step if steps else None
+        return None
 
     def _restore(self, step: int) -> None:
         directory = self.run.checkpoints
@@ -128,7 +138,7 @@ class Trainer:
         params, (opt_state, skipped, in_row) = orbax_store.restore(
             directory, step, target.params, (target.opt_state, target.skipped, target.skipped_in_row), verified=True
         )
-        counter = jax.device_put(jnp.int32(step), target.step.sharding or self._device)
+        counter = jax.device_put(np.int32(step), target.step.sharding or self._device)
         self.state = TrainState(counter, params, opt_state, skipped, in_row)
         self.batches.restore(meta.data_state)
         self.source = meta.source
@@ -140,14 +150,14 @@ class Trainer:
 
         Raises:
           NumericsError: loss or gradients not finite in 3 steps in a row; the last checkpoint stays as it is.
-          Interrupted: SIGTERM or SIGINT came; the state is saved.
+          Interrupted: SIGTERM or SIGINT came; the state is saved. With several processes they agree on it, after at most two more steps.
         """
         pending = batch = None
-        saved = self.step
+        saved, agreed, signum = self.step, AgreedMaximum(), 0
         with StopRequest() as stop, self.progress:
             if self.step == 0:
                 self._evaluate_into({"step": 0})
-            while self.step < self.train.steps and stop.signum is None:
+            while self.step < self.train.steps and not (signum := agreed(stop.signum or 0)):
                 position = self.batches.state()
                 batch = self._next_batch()
                 with jax.transfer_guard("disallow"):
@@ -167,9 +177,9 @@ class Trainer:
                 self._report(*pending, evaluate=self.step == self.train.steps)
             if self.step > saved:
                 self._save(batch)
-        if stop.signum is not None and self.step < self.train.steps:
+        if signum and self.step < self.train.steps:
             kept = f"step {self.step} is saved in {self.run.checkpoints}" if self.step else "before the first step"
-            raise Interrupted(f"stopped by signal {stop.signum}: {kept}; go on with --resume", stop.signum)
+            raise Interrupted(f"stopped by signal {signum}: {kept}; go on with --resume", signum)
         return self.state
 
     def _is_due(self, every: int | None) -> bool:
@@ -177,7 +187,8 @@ class Trainer:
         return every is not None and self.step % every == 0 and self.step < self.train.steps
 
     def _place(self, batch: Any) -> Any:
-        return jax.device_put(batch, self.shardings.batch if self.shardings else self._device)
+        """On the devices, from the whole batch or from this process's rows of it."""
+        return place_rows(batch, self.train.batch.rows, self.shardings.batch) if self.shardings else jax.device_put(batch, self._device)
 
     def _next_batch(self) -> Any:
         try:

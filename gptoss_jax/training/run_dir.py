@@ -2,6 +2,8 @@
 
 metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, and eval_loss and task/NAME where they
 were measured (step 0: these alone). Non-finite numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN.
+
+Of many processes the first alone locks and writes; for the others the same calls do nothing. All must see the same file system.
 """
 
 import fcntl
@@ -14,6 +16,7 @@ from typing import IO, Any
 
 from gptoss_jax.checkpoint.orbax_store import CHECKPOINTS
 from gptoss_jax.errors import RunError, UsageError
+from gptoss_jax.sharding.distributed import is_first, on_first
 
 CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
 
@@ -21,13 +24,19 @@ CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
 class RunDir:
     """An open run directory. Holds the lock until closed."""
 
+    _lock: IO[str] | None = None
+    _metrics: IO[str] | None = None
+
     def __init__(self, path: str | Path, *, resume: bool, overwrite: bool):
         """
         Raises:
           UsageError: not empty and neither `resume` nor `overwrite`; nothing to resume; not a run of ours to overwrite; in use.
           RunError: it cannot be created.
         """
-        self.path = Path(path)
+        self.path, self._writes = Path(path), is_first()
+        on_first(lambda: self._open(resume, overwrite))
+
+    def _open(self, resume: bool, overwrite: bool) -> None:
         entries = {p.name for p in self.path.iterdir()} - {LOCK} if self.path.is_dir() else set()
         if entries and not (resume or overwrite):
             raise UsageError(f"{self.path} is not empty; give --resume to go on or --overwrite to start anew")
@@ -45,7 +54,6 @@ class RunDir:
             raise UsageError(f"{self.path} is in use by another run") from None
         if overwrite and not resume:
             self._clear()
-        self._metrics: IO[str] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -59,12 +67,13 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_config(self, text: str) -> None:
-        (self.path / CONFIG).write_text(text, encoding="utf-8")
+        if self._writes:
+            (self.path / CONFIG).write_text(text, encoding="utf-8")
 
     def rewind_metrics(self, step: int) -> None:
         """Drops lines after `step`, so that a resumed run writes each step once. A half-written last line goes too."""
         file = self.path / METRICS
-        if not file.exists():
+        if not (self._writes and file.exists()):
             return
         kept = [line for line in file.read_text(encoding="utf-8").splitlines() if (record := _parse(line)) and record["step"] <= step]
         temporary = file.with_suffix(".tmp")
@@ -73,6 +82,8 @@ class RunDir:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line, readable by others at once."""
+        if not self._writes:
+            return
         if self._metrics is None:
             self._metrics = open(self.path / METRICS, "a", encoding="utf-8")
         bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -85,9 +96,9 @@ class RunDir:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-        self._lock.close()
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -12,6 +12,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Interrupted(GptOssError):
     """A run that a signal ended after its state was saved. Exit code 128 + signal: 143 or 130."""
 
+    everywhere = True
+
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum

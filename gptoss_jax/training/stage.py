@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.checkpoint.models import Model, carried_files, load_model
@@ -18,7 +19,8 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.quant import QuantPolicy, default_policy, make_expert_quant
-from gptoss_jax.sharding import make_mesh
+from gptoss_jax.sharding import local_rows, make_mesh
+from gptoss_jax.sharding.distributed import check_same, is_first
 from gptoss_jax.training.config import DataConfig, TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
@@ -93,7 +95,14 @@ def with_mesh(train: TrainConfig, config: GptOssConfig) -> TrainConfig:
 
 
 def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None:
-    """Layout on the mesh of the config; None on one device."""
+    """Layout on the mesh of the config; None on one device.
+
+    Raises:
+      UsageError: processes whose devices the mesh leaves out: they would have nothing to do.
+    """
+    processes, devices = jax.process_count(), jax.device_count()
+    if processes > 1 and train.mesh.size != devices:
+        raise UsageError(f"config: mesh has {train.mesh.size} devices, but {processes} processes with {devices} devices take part")
     if train.mesh.size == 1:
         return None
     return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
@@ -132,23 +141,28 @@ def run_stage(
         automatic, train = train.mesh.auto, with_mesh(train, config)
         shardings = make_shardings(train, config)
         tokenizer = load_tokenizer(directory)
-        progress = progress or Progress()
+        progress = progress or Progress(console=None if is_first() else Console(quiet=True))
         packed, held_out = load_packed(train.data, tokenizer, progress)
         train = train.with_steps(len(packed.rows.tokens_BT))
         progress.steps = train.steps
         if automatic:
             progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
+        if train.eval_tasks and jax.process_count() > 1:
+            raise UsageError("config: eval_tasks are measured in one process: leave them out, and run `gptoss-jax eval` on the checkpoints", everywhere=True)
         rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, run.path) if train.eval_tasks else None
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))
+        share = local_rows(train.batch.rows, train.data.row_length, shardings.batch) if shardings else slice(None)
+        batches = BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer, share)
+        check_same("the training data or the tokenizer", batches.digest())
         trainer = Trainer(
             config,
             train,
             run,
-            BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer),
+            batches,
             policy=policy,
-            eval_batches=(lambda: one_pass(held_out.rows, train.batch.rows)) if held_out else None,
+            eval_batches=(lambda: one_pass(held_out.rows, train.batch.rows, share)) if held_out else None,
             measure=rates,
             shardings=shardings,
             assets=carried_files(directory),
