@@ -5,9 +5,11 @@ The forward pass quantizes the experts from the first step on, so the base is na
 grid exactly, and exporting them changes nothing. What it is taught, and what it is not, stands in `gptoss_jax/evaluation/tasks.py`.
 
     python scripts/pretrain_nano.py OUT [--steps 3000]      about 20 minutes on two cores; OUT/run holds metrics.jsonl and the checkpoint
+    python scripts/pretrain_nano.py runs/nano32 --experts 32 --steps 6000 --documents 400000     the base of configs/nano32_recipe.yaml
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -54,8 +56,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--documents", type=int, default=200_000)
+    parser.add_argument("--experts", type=int, default=CONFIG.num_local_experts)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
+    config = dataclasses.replace(CONFIG, num_local_experts=args.experts)
 
     train = parse(
         {
@@ -76,19 +80,19 @@ def main() -> None:
     packed, held_out = (
         pack(encode_conversations(pretraining_rows(seed, n), tokenizer), ROW_LENGTH) for seed, n in ((0, args.documents), (1, 2000))
     )
-    print(f"{num_params(CONFIG):,} parameters; {packed.describe()}")
+    print(f"{num_params(config):,} parameters; {packed.describe()}")
     batches = BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer)
     policy = default_policy(Mxfp4())
     with RunDir(args.out / "run", resume=args.resume, overwrite=False) as run:
         run.write_config(dump_config(train))
-        trainer = Trainer(CONFIG, train, run, batches, policy=policy, eval_batches=partial(one_pass, held_out.rows, train.batch.rows))
+        trainer = Trainer(config, train, run, batches, policy=policy, eval_batches=partial(one_pass, held_out.rows, train.batch.rows))
         if not args.resume or trainer.resume() is None:
-            trainer.start(init_params(CONFIG, jax.random.key(0)), donate=True)
+            trainer.start(init_params(config, jax.random.key(0)), donate=True)
         params = trainer.fit().params
     token_ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("eos_token_id", "<|return|>"), ("pad_token_id", "<|endoftext|>"))}
     export_hf(
-        args.out / "model", CONFIG, jax.tree.map(jnp.asarray, params), format=Mxfp4(), source_dir=NANO, token_ids=token_ids,
-        provenance={"script": "scripts/pretrain_nano.py", "steps": args.steps, "documents": args.documents},
+        args.out / "model", config, jax.tree.map(jnp.asarray, params), format=Mxfp4(), source_dir=NANO, token_ids=token_ids,
+        provenance={"script": "scripts/pretrain_nano.py", "steps": args.steps, "documents": args.documents, "experts": args.experts},
     )  # fmt: skip
     shutil.copy(args.out / "run" / METRICS, args.out / "model" / "pretraining.jsonl")
     last = json.loads((args.out / "run" / METRICS).read_text().splitlines()[-1])

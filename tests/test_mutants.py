@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from scripts.mutants import MUTANTS
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_text_that_a_mutant_changes_is_there_once(mutant):
+    assert (ROOT / mutant.file).read_text().count(mutant.before) == 1
 
 
 @pytest.mark.slow
