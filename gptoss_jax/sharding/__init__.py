@@ -27,7 +27,8 @@ def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute
     Raises:
       UsageError: rules that attention or experts cannot be run with.
     """
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    if isinstance(mesh, Mesh):  # an abstract one, as `plan` makes, has Auto axes
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules), loss_parallel(mesh, rules))
 
 
