@@ -2,7 +2,7 @@
 
 Each step is dispatched before the metrics of the one before are read, so the device does not wait for the host. A checkpoint holds everything that
 the next step depends on (masters, moments, counters, data position), so an interrupted and resumed run equals an unbroken one bit for bit. A QAT
-checkpoint also holds the hashes of the codes that the compiled training program computes on the saved state.
+checkpoint also holds the hashes of the codes that the forward pass of training computes on the saved state.
 
 Many processes run this loop in step. Each makes its own rows of a batch; the first alone writes and prints; a signal to any of them stops all after
 the same step.

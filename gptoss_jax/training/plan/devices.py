@@ -1,4 +1,4 @@
-"""Accelerators that a plan can be made for: what their makers state. Nothing here is measured by us.
+"""Accelerators that a plan can be made for: figures as their makers publish them, noted from memory, none measured by us. Flags take your own.
 
 Memory is what CUDA offers to a process on a card of the stated size, rounded down to GiB; of it JAX takes `POOL` (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 as `gptoss-jax env --exports` advises), the rest is for the CUDA context, NCCL's buffers and compiled kernels. A further `FRAGMENTED` of the pool is

@@ -1,7 +1,8 @@
-"""A roofline: no step is faster than its products at the assumed efficiency, its memory traffic, or its communication; at best they overlap fully.
+"""A roofline: the longest of products, memory traffic and communication, which at best overlap fully.
 
-The efficiency, 30 % of the dense BF16 peak, is an assumption. Published steps of gpt-oss on H100 reach 23 to 28 % all told (NVIDIA NeMo AutoModel,
-docs/performance-summary.mdx: 20b on 8, 120b on 64 GPUs), communication and memory traffic included; we have measured none.
+The efficiency of the products, 30 % of the dense BF16 peak, is an assumption and no bound. Published steps of gpt-oss on H100 reach 23 to 28 %
+all told (NVIDIA NeMo AutoModel, docs/performance-summary.mdx: 104,000 tokens/s for 20b on 8 GPUs, 488,000 for 120b on 64), with other batches and layouts, and
+lie above what this gives; we have measured none.
 """
 
 from typing import NamedTuple
