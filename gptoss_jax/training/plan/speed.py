@@ -1,8 +1,8 @@
 """A roofline: the longest of products, memory traffic and communication, which at best overlap fully.
 
-The efficiency of the products, 30 % of the dense BF16 peak, is an assumption and no bound. Published steps of gpt-oss on H100 reach 23 to 28 %
-all told (NVIDIA NeMo AutoModel, docs/performance-summary.mdx: 104,000 tokens/s for 20b on 8 GPUs, 488,000 for 120b on 64), with other batches and layouts, and
-lie above what this gives; we have measured none.
+The efficiency of the products, 30 % of the dense BF16 peak, is an assumption and no bound. Published steps of gpt-oss on H100 reach 23 to 28 % all
+told (NVIDIA NeMo AutoModel, docs/performance-summary.mdx: 104,000 tokens/s for 20b on 8 GPUs, 488,000 for 120b on 64), with other batches and
+layouts, and lie above what this gives; we have measured none.
 """
 
 from typing import NamedTuple
