@@ -7,6 +7,7 @@ MODEL is any directory with a tokenizer that `load_params` reads ("nano" comes a
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,14 +35,14 @@ def batches(tokenizer, file: str, rows: int, length: int, sharding):
 
 
 def make_step(config, optimizer, expert_quant, distribute, shardings):
-    cross_entropy = distribute.loss(gj.cross_entropy_sum)
+    cross_entropy = distribute.loss(partial(gj.cross_entropy_sum, dtype=jnp.bfloat16))
 
     def loss(params, batch: gj.Batch):
         out = gj.forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT,
             dtype=jnp.bfloat16, expert_quant=expert_quant, distribute=distribute, remat="layer",
         )  # fmt: skip
-        total = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, jnp.bfloat16)
+        total = cross_entropy(out.hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
         return total / jnp.maximum(jnp.sum(batch.loss_weights_BT), 1)
 
     gradients = jax.value_and_grad(loss)
