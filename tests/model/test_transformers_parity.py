@@ -92,7 +92,7 @@ def test_each_module_matches_transformers(tiny_config):
     hidden = np.random.default_rng(0).normal(size=(2, LENGTH, config.hidden_size)).astype(np.float32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
     cos, sin = rope_tables(jnp.asarray(positions), config.rope, config.head_dim)
-    context = Context(jnp.ones((2, LENGTH), jnp.int32), cos, sin, lambda name, w: (w, None), False)
+    context = Context(jnp.ones((2, LENGTH), jnp.int32), cos, sin, lambda name, w, gather: (w, None), False)
     graph, state = nnx.split(GptOss(config, rngs=nnx.Rngs(0)))
     ours = nnx.merge(graph, fill_state(state, params))
     x = torch.tensor(hidden)
