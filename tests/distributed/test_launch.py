@@ -33,7 +33,8 @@ def test_local_launcher_ends_the_others_when_one_fails_and_returns_its_code():
 
 
 def test_local_launcher_passes_signals_on():
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('up', flush=True); time.sleep(600)"
+    # one write each: print makes two where output is not buffered, and those of two processes mix
+    code = r"import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); os.write(1, b'up\n'); time.sleep(600)"
     process = subprocess.Popen([*LOCAL, "--processes", "2", "--", sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert [process.stdout.readline() for _ in range(2)] == ["up\n", "up\n"]
     process.send_signal(signal.SIGTERM)
