@@ -51,14 +51,14 @@ def make_scorer(spec: str | Mapping[str, Any], folder: Path = Path()) -> Scorer:
         return _load_function(str(options["function"]), folder)
     name = options.pop("name", None)
     if name not in SCORERS:
-        raise UsageError(f"unknown scorer {name!r}; {_nearest(str(name), SCORERS)}")
+        raise UsageError(f"unknown scorer {name!r}; {nearest(str(name), SCORERS)}")
     kind = SCORERS[name]
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in options.items():
         if key not in fields:
-            raise UsageError(f"scorer {name} has no option {key!r}; {_nearest(key, fields)}")
+            raise UsageError(f"scorer {name} has no option {key!r}; {nearest(key, fields)}")
         if key == "channel" and value not in CHANNELS:
-            raise UsageError(f"channel {value!r}: {_nearest(str(value), CHANNELS)}")
+            raise UsageError(f"channel {value!r}: {nearest(str(value), CHANNELS)}")
         kinds = (list, str) if key in ("candidates", "text") else _plain_types(fields[key].type)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UsageError(f"scorer {name}: {key} = {value!r} is of type {type(value).__name__}")
@@ -87,10 +87,12 @@ def _load_function(spec: str, folder: Path) -> Function:
         raise UsageError(f"{path} cannot be imported: {type(error).__name__}: {error}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise UsageError(f"{path} has no function {name!r}; {_nearest(name, [key for key in vars(module) if not key.startswith('_')])}")
+        raise UsageError(f"{path} has no function {name!r}; {nearest(name, [key for key in vars(module) if not key.startswith('_')])}")
     return Function(f"{file}:{name}", function)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of an unknown name: the nearest known one, or the first 20 of all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known[:20])}"

@@ -18,7 +18,6 @@ none. Tasks that come along are taken by name: A, B, H, Eng (nano's).
 
 import dataclasses
 import datetime
-import difflib
 import json
 import random
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from gptoss_jax.data.columns import check_columns
 from gptoss_jax.data.harmony import System
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.questions import read_questions
-from gptoss_jax.evaluation.scorer_spec import make_scorer
+from gptoss_jax.evaluation.scorer_spec import make_scorer, nearest
 from gptoss_jax.evaluation.scorers import EXACT, Scorer
 from gptoss_jax.strict_yaml import read_mapping
 
@@ -79,10 +78,10 @@ class Task:
             found = {str(row[column]) for row in rows if column in row}
             if not found:
                 columns = sorted({key for row in rows[:100] for key in row} - {"messages"})
-                raise UsageError(f"task {self.name}: where: no row has a column {column!r}; {_nearest(column, columns)}")
+                raise UsageError(f"task {self.name}: where: no row has a column {column!r}; {nearest(column, columns)}")
             rows = [row for row in rows if row.get(column) in values or str(row.get(column)) in map(str, values)]
             if not rows:
-                raise UsageError(f"task {self.name}: where: no row has {column} = {wanted!r}; {_nearest(str(wanted), sorted(found))}")
+                raise UsageError(f"task {self.name}: where: no row has {column} = {wanted!r}; {nearest(str(wanted), sorted(found))}")
         if self.limit is None or self.limit >= len(rows):
             return rows
         chosen = range(self.limit) if self.seed is None else sorted(random.Random(self.seed).sample(range(len(rows)), self.limit))
@@ -132,7 +131,7 @@ def load_task(path: str | Path, split: str = "dev") -> Task:
         first = error.errors()[0]
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"{at(key)}: unknown key {key!r}; {_nearest(key, list(_TaskFile.model_fields))}") from None
+            raise UsageError(f"{at(key)}: unknown key {key!r}; {nearest(key, list(_TaskFile.model_fields))}") from None
         raise UsageError(f"{at(key)}: {key} = {first['input']!r}: {first['msg']}") from None
     data = raw.data
     if isinstance(data, dict):
@@ -170,8 +169,3 @@ def _locate(data: str, folder: Path, where: str) -> Path | str:
     if data.count("/") == 1 and not Path(data).suffix:
         return data
     raise UsageError(f"{where}: no such data: {folder / data}")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known[:20])}"

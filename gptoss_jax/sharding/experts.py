@@ -69,5 +69,3 @@ def expert_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Callabl
         )  # fmt: skip
 
     return distribute
-
-
