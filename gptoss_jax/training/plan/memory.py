@@ -138,7 +138,7 @@ def memory(layout: Layout) -> Memory:
         Part("batch and counters", other, COMPUTED),
     ]
     if layout.teacher:
-        parts.append(Part(f"teacher, {train.compute_dtype}", device_bytes(layout.teacher.params), COMPUTED, STEP))
+        parts.append(Part(f"teacher, {train.compute_dtype}", device_bytes(layout.teacher.params), COMPUTED))
     if train.cast_at == "step":
         parts.append(Part("compute weights of all experts (cast_at: step)", stored_elements * c, ESTIMATED))
     if accumulated:
