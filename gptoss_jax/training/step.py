@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
+from gptoss_jax.model import GptOssConfig, RouterStats, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.precision import wide
@@ -33,7 +33,7 @@ from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
 Params = Mapping[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # scalars, and under "router" the RouterStats of all layers
 
 
 class TrainState(NamedTuple):
@@ -142,10 +142,20 @@ def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute |
     return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
 
 
+class LossParts(NamedTuple):
+    """What a loss hands out beside its value. `router` are sums over the tokens of the microbatch, [L, E] and [L]; `captured` is None unless asked
+    for."""
+
+    nll: Float[Array, ""]
+    aux: Float[Array, ""]
+    router: RouterStats
+    captured: dict[str, Any] | None
+
+
 def make_loss(
     config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
 ) -> Callable:
-    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
+    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, LossParts)`: the share of a microbatch in its batch.
 
     With `cast_at: step` the experts in trained and frozen are compute weights already."""
     dtype = jnp.dtype(train.compute_dtype)
@@ -166,7 +176,7 @@ def make_loss(
             # per microbatch, as every trainer does, weighted by its tokens: the product of two means is not a sum over tokens
             share = jnp.sum(batch.segment_ids_BT > 0) / total_tokens
             aux = load_balancing_loss(out.router) * share
-        return nll + train.router_aux_loss_coef * aux, (nll, aux, out.captured)
+        return nll + train.router_aux_loss_coef * aux, LossParts(nll, aux, out.router, out.captured)
 
     return loss
 
@@ -175,6 +185,7 @@ class _Grads(NamedTuple):
     grads: dict[str, Array]
     nll: Array
     aux: Array
+    router: RouterStats
 
 
 def _gradients(
@@ -200,10 +211,10 @@ def _gradients(
         return {name: lax.with_sharding_constraint(grad, shardings.params[name]) for name, grad in grads.items()}
 
     def microbatch_grads(microbatch):
-        (_, (nll, aux, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
+        (_, (nll, aux, router, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
         if captured is not None and codes is not None:
             captured = {name: (consumed, codes[name]) for name, (consumed, _) in captured.items()}
-        return _Grads(place(to_masters(grads)), nll, aux), captured
+        return _Grads(place(to_masters(grads)), nll, aux, router), captured
 
     num_microbatches = train.batch.accumulation
     if num_microbatches == 1:
@@ -238,14 +249,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The compiled `train_step(state, batch) -> (state, metrics)`; the state is donated.
 
-    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row.
+    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row; and router, the `RouterStats` of the
+    batch, stacked over layers.
     When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
     """
     optimizer = make_optimizer(train, abstract_params(config))
     loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
 
     def train_step(state: TrainState, batch):
-        (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
+        (grads, nll, aux, router), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         with jax.named_scope("optimizer"):
             trained = {name: state.params[name] for name in optimizer.trained}
             finite = jnp.isfinite(nll) & jnp.isfinite(aux)
@@ -261,6 +273,7 @@ def make_train_step(
             "trained_tokens": jnp.sum(batch.loss_weights_BT > 0),
             "skipped": skipped,
             "skipped_in_row": in_row,
+            "router": router,
         }
         return TrainState(state.step + 1, {**state.params, **moved}, opt_state, state.skipped + skipped, in_row), metrics
 
@@ -302,11 +315,11 @@ def make_capture_step(
         if train.cast_at == "step":
             params, prepared = _prepare(expert_quant, params)
         first = jax.tree.map(lambda x: x[0], _split(batch, train.batch.accumulation))
-        _, (nll, _, captured) = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
+        _, (nll, _, _, captured) = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
         return Captured(nll, jnp.float32(jnp.nan), {}, prepared or {name: codes for name, (_, codes) in captured.items()})
 
     def capture_step(state: TrainState, batch):
-        (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
+        (grads, nll, _, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         consumed = {name: weight for name, (weight, _) in captured.items()}
         return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 

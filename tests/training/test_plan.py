@@ -44,10 +44,12 @@ COMPACT = {"master_dtype": "bfloat16", "optimizer": {"first_moment": "int8", "se
 
 
 def planned(layout: Layout) -> tuple[int, int]:
-    """Argument and output bytes that a program of this plan must have. Outputs: the state, eight metrics, and a pointer for each array (XLA:CPU)."""
+    """Argument and output bytes that a program of this plan must have. Outputs: the state, eight metrics, four
+    statistics of the router, and a pointer for each array (XLA:CPU)."""
     state = device_bytes(layout.state)
-    num_outputs = len(jax.tree.leaves(layout.state)) + 8
-    return state + device_bytes(layout.batch), state + 8 * 4 + 8 * num_outputs
+    num_outputs = len(jax.tree.leaves(layout.state)) + 8 + 4
+    router = layout.config.num_hidden_layers * (2 * layout.config.num_local_experts + 2) * 4
+    return state + device_bytes(layout.batch), state + 8 * 4 + router + 8 * num_outputs
 
 
 def compiled(config, train, layout):
