@@ -44,11 +44,13 @@ COMPACT = {"master_dtype": "bfloat16", "optimizer": {"first_moment": "int8", "se
 
 
 def planned(layout: Layout) -> tuple[int, int]:
-    """Argument and output bytes that a program of this plan must have. Outputs: the state, eight metrics, and a pointer for each array (XLA:CPU)."""
+    """Argument and output bytes that a program of this plan must have. Outputs: the state, eight metrics (ten with a teacher), four statistics of the
+    router, and a pointer for each array (XLA:CPU)."""
     state, num_metrics = device_bytes(layout.state), 8 + 2 * (layout.teacher is not None)
-    num_outputs = len(jax.tree.leaves(layout.state)) + num_metrics
+    num_outputs = len(jax.tree.leaves(layout.state)) + num_metrics + 4
+    router = layout.config.num_hidden_layers * (2 * layout.config.num_local_experts + 2) * 4
     teacher = device_bytes(layout.teacher.params) if layout.teacher else 0
-    return state + teacher + device_bytes(layout.batch), state + 4 * num_metrics + 8 * num_outputs
+    return state + teacher + device_bytes(layout.batch), state + 4 * num_metrics + router + 8 * num_outputs
 
 
 def compiled(config, train, layout):

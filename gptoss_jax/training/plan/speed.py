@@ -61,9 +61,9 @@ def speed(layout: Layout, device: Device, efficiency: float = EFFICIENCY) -> Spe
 
 
 def _moved_bytes(layout: Layout) -> float:
-    """Bytes that a device reads and writes in a step: per microbatch the teacher's weights, masters once in each pass (cast or encoded), compute weights
-    of experts written and read in forward, recomputation and twice in backward, values of layers written and read in each pass and their gradients as
-    much; then gradients, masters and moments once each way."""
+    """Bytes that a device reads and writes in a step: per microbatch the teacher's weights, masters once in each pass (cast or encoded), compute
+    weights of experts written and read in forward, recomputation and twice in backward, values of layers written and read in each pass and their
+    gradients as much; then gradients, masters and moments once each way."""
     train, config, c = layout.train, layout.config, layout.compute_bytes
     passes = 1 if train.remat == "none" else 2
     trained, _ = split_frozen(layout.state.params, train.freeze)
