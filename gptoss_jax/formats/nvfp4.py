@@ -37,7 +37,7 @@ from gptoss_jax.formats.bits import check_block_size
 from gptoss_jax.formats.element_round import check_element_round, checked_key, rounded_index
 from gptoss_jax.formats.minifloat import E2M1, E4M3_NAN, e2m1_index, e2m1_value, e4m3_value
 from gptoss_jax.formats.noise import Key
-from gptoss_jax.formats.nvfp4_scales import block_error, exact_scales, pow2_scales, quotient_bits
+from gptoss_jax.formats.nvfp4_scales import block_error, exact_scales, is_less, pow2_scales, quotient_bits
 from gptoss_jax.formats.parts import Parts
 
 BLOCK_SIZE = 16
@@ -187,7 +187,7 @@ def _encode_unpacked(
     g, (byte, *at_4) = scales(amax, amax_block, options.four_six is not None, options.scale_round == "up")
     if options.four_six:
         errors = [block_error(mag, amax_block, _nearest_magnitude(mag, amax_block, b, g, options), options.four_six) for b in (byte, *at_4)]
-        byte = jnp.where(errors[1] < errors[0], at_4[0], byte)
+        byte = jnp.where(is_less(errors[1], errors[0]), at_4[0], byte)
     byte = jnp.where(amax_block < fb.INF, byte, E4M3_NAN).astype(jnp.uint8)
     step = e4m3_value(byte) * g  # NaN in a non-finite block: every comparison below is false there
 

@@ -7,7 +7,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from gptoss_jax.formats import bits as fb
 from gptoss_jax.formats.minifloat import E2M1_MAX, E4M3, e4m3_byte, e4m3_value
@@ -68,22 +68,37 @@ def _not_below(byte: PerBlock, amax_block: PerBlock, unit: Float32[Array, "..."]
     return jnp.minimum(byte + is_short, E4M3.max_index)
 
 
-def block_error(x: Int32[Array, "*batch C Q"], amax_block: PerBlock, w: Int32[Array, "*batch C Q"], kind: str) -> UInt32[Array, "*batch C 1"]:
-    """Sum over a block of |x - w| ("mae") or its square ("mse"), from magnitude bits, in units relative to the block maximum.
+def block_error(
+    x: Int32[Array, "*batch C Q"], amax_block: PerBlock, w: Int32[Array, "*batch C Q"], kind: str
+) -> tuple[PerBlock, PerBlock, PerBlock]:
+    """Sum over a block of |x - w| ("mae") or its square ("mse") from magnitude bits, as three digits, the leading one first.
 
-    Integer sums do not depend on the order of the reduction. With the maximum in [2**e, 2**(e+1)) the unit is 2**(e+1-k), k = 14 for blocks of 16
-    and 13 for 32 and 64; both numbers are truncated to it. No error reaches the maximum, so the squares sum to less than Q * 2**(2k) <= 2**32.
+    Integer sums do not depend on the order of the reduction. With the maximum in [2**e, 2**(e+1)) the unit is 2**(e-22), to which x and w are
+    truncated: |x - w| < 2**23, since no error reaches the maximum. Squares have 46 bits: with |x - w| = a * 2**12 + b the sums of a*a, a*b and b*b
+    over up to 64 elements stay below 2**30.
     """
     exp_max = jnp.maximum(amax_block >> fb.EXP_SHIFT, 1)
-    spare_bits = 24 - (14 if x.shape[-1] <= 16 else 13)
 
     def units(mag):
         exp = jnp.maximum(mag >> fb.EXP_SHIFT, 1)
         significand = (mag & 0x7FFFFF) | jnp.where(mag < fb.MIN_NORMAL, 0, fb.MIN_NORMAL)
-        return significand >> jnp.clip(spare_bits + exp_max - exp, 0, 31)
+        return significand >> jnp.clip(1 + exp_max - exp, 0, 31)
 
-    error = jnp.abs(units(x) - units(w)).astype(jnp.uint32)
-    return jnp.sum(error * error if kind == "mse" else error, axis=-1, keepdims=True, dtype=jnp.uint32)
+    def total(terms):
+        return jnp.sum(terms, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    error = jnp.abs(units(x) - units(w))
+    if kind == "mae":
+        return total(error), jnp.zeros_like(amax_block), jnp.zeros_like(amax_block)
+    a, b = error >> 12, error & 0xFFF
+    low = total(b * b)
+    middle = total(a * b) + (low >> 13)  # the sum is total(a * a) * 2**24 + middle * 2**13 + low
+    return total(a * a) + (middle >> 11), middle & 0x7FF, low & 0x1FFF
+
+
+def is_less(a: tuple[PerBlock, PerBlock, PerBlock], b: tuple[PerBlock, PerBlock, PerBlock]) -> Bool[Array, "*batch C 1"]:
+    """Comparison of two such numbers."""
+    return (a[0] < b[0]) | ((a[0] == b[0]) & ((a[1] < b[1]) | ((a[1] == b[1]) & (a[2] < b[2]))))
 
 
 def quotient_bits(a: Int32[Array, "..."], b: Int32[Array, "..."]) -> Int32[Array, "..."]:
