@@ -22,7 +22,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True)
 class TensorStore:
-    """All tensors of a directory. `infos[name]` says where one lies, `array(name)` is a read-only view of the mapped file."""
+    """All tensors of a directory. `infos[name]` says where one lies, `array(name)` is a read-only view of the mapped file, `read` a copy of a part."""
 
     directory: Path
     files: Mapping[str, SafetensorsFile]
@@ -31,6 +31,9 @@ class TensorStore:
 
     def array(self, name: str) -> np.ndarray:
         return self.files[self.infos[name].file.name].array(name)
+
+    def read(self, name: str, ranges: tuple[slice, ...]) -> np.ndarray:
+        return self.files[self.infos[name].file.name].read(name, ranges)
 
 
 def read_json(path: Path) -> Any:
