@@ -22,7 +22,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True)
 class TensorStore:
-    """All tensors of a directory. `infos[name]` says where one lies, `array(name)` is a read-only view of the mapped file, `read` a copy of a part."""
+    """All tensors of a directory. `infos[name]` says where one lies; `array(name)` is a read-only view of the mapped file, `read` copies a part."""
 
     directory: Path
     files: Mapping[str, SafetensorsFile]

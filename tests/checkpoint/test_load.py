@@ -154,7 +154,7 @@ def test_a_process_reads_its_share_alone(tensors, expected, tmp_path, bytes_read
     ticks = []
     share = load_share(source, jnp.float32, shardings, jax.devices()[2], lambda *counts: ticks.append(counts))
     sizes = {key: info.nbytes // (4 if "experts" in key else 1) for key, info in source.store.infos.items()}
-    assert sum(bytes_read) == sum(sizes.values()) < 0.4 * sum(info.nbytes for info in source.store.infos.values())
+    assert sum(bytes_read) == sum(sizes.values())
     for name, value in share.items():
         index = shardings[name].devices_indices_map(expected[name].shape)[jax.devices()[2]]
         assert np.array_equal(np.asarray(value), expected[name][index]), name
