@@ -207,15 +207,14 @@ def _naturals(value: Any) -> bool:
 
 
 class SafetensorsWriter:
-    """Writes one file whose tensors arrive one at a time, in any order.
+    """Writes one file whose tensors arrive one at a time or in groups of rows, in any order.
 
     `with SafetensorsWriter(path, {name: (dtype name, shape)}) as writer: writer.write(name, array)`. The order in the file is that of the
     library (descending item size, then name). Leaving the block checks that all tensors came, and syncs the file to disk.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
-        self.path = path
-        self._todo = dict(tensors)
+        self.path, self._tensors = path, dict(tensors)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name)):
@@ -225,17 +224,25 @@ class SafetensorsWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._base = 8 + len(text)
-        self._begin = {name: self._base + header[name]["data_offsets"][0] for name in tensors}
-        self._file = path.open("xb")
+        base = 8 + len(text)
+        self._begin = {name: base + header[name]["data_offsets"][0] for name in tensors}
+        self._missing = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in tensors.items()}
+        self._file = path.open("xb", buffering=0)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        dtype, shape = self._todo.pop(name)
-        if array.dtype != DTYPES[dtype] or array.shape != shape:
-            raise ValueError(f"{name}: {array.dtype} {array.shape} given, {dtype} {shape} announced")
-        self._file.seek(self._begin[name])
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    def write(self, name: str, array: np.ndarray, row: int = 0) -> None:
+        """Writes the tensor, or its rows (along the first dim) from `row` on; each once."""
+        dtype, shape = self._tensors[name]
+        given = array.shape
+        fits = len(given) == len(shape) and given[1:] == shape[1:] and (not shape or row + given[0] <= shape[0])
+        if array.dtype != DTYPES[dtype] or not fits or array.nbytes > self._missing[name]:
+            raise ValueError(f"{name}: {array.dtype} {given} given from row {row} on, {dtype} {shape} announced")
+        self._missing[name] -= array.nbytes
+        position, content = self._begin[name], np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        position += row * (array.nbytes // given[0] if row else 0)
+        while content.size:  # one call takes at most 2 GiB
+            written = os.pwrite(self._file.fileno(), content.data, position)
+            position, content = position + written, content[written:]
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -243,9 +250,9 @@ class SafetensorsWriter:
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None:
-                if self._todo:
-                    raise ValueError(f"{self.path}: never written: {sorted(self._todo)}")
-                self._file.flush()
+                missing = sorted(name for name, size in self._missing.items() if size)
+                if missing:
+                    raise ValueError(f"{self.path}: not written in full: {missing}")
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()

@@ -79,10 +79,24 @@ def current_umask():
 
 
 def test_a_file_is_never_left_incomplete_in_silence(tmp_path):
-    with pytest.raises(ValueError, match="never written"), SafetensorsWriter(tmp_path / "x", {"a": ("U8", (2,)), "b": ("U8", (2,))}) as writer:
+    with pytest.raises(ValueError, match="not written in full"), SafetensorsWriter(tmp_path / "x", {"a": ("U8", (2,)), "b": ("U8", (2,))}) as writer:
         writer.write("a", np.zeros(2, np.uint8))
     with pytest.raises(ValueError, match="announced"), SafetensorsWriter(tmp_path / "y", {"a": ("U8", (2,))}) as writer:
         writer.write("a", np.zeros(2, np.int8))
+    with pytest.raises(ValueError, match=r"not written in full: \['a'\]"), SafetensorsWriter(tmp_path / "z", {"a": ("U8", (4, 2))}) as writer:
+        writer.write("a", np.zeros((2, 2), np.uint8), 1)
+    with pytest.raises(ValueError, match="from row 3 on"), SafetensorsWriter(tmp_path / "v", {"a": ("U8", (4, 2))}) as writer:
+        writer.write("a", np.zeros((2, 2), np.uint8), 3)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 2), (7,)])
+def test_rows_may_come_in_groups_in_any_order(shape, tmp_path):
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with SafetensorsWriter(tmp_path / "x", {"a": ("F32", shape), "b": ("U8", (3,))}) as writer:
+        for start in (4, 0, 2):
+            writer.write("a", values[start : start + (3 if start == 4 else 2)], start)
+        writer.write("b", np.arange(3, dtype=np.uint8))
+    assert np.array_equal(SafetensorsFile(tmp_path / "x").array("a"), values)
 
 
 GOOD = {"a": entry("U8", [4], 0, 4), "b": entry("BF16", [2, 2], 4, 12)}
