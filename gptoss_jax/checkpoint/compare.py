@@ -25,7 +25,7 @@ def stored_code_hashes(source: SourceCheckpoint) -> dict[str, str]:
     for piece in all_pieces(source.config):
         specs = piece.tensors(source.layout, source.config)
         if "packed" in specs:
-            out[piece.hf_key] = hash_arrays(source.store.array(spec.key) for spec in specs.values())
+            out[piece.hf_key] = hash_arrays(part for spec in specs.values() for part in source.store.chunks(spec.key))
     return out
 
 
