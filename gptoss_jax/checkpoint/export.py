@@ -1,6 +1,8 @@
 """Parameters -> a directory that inference engines load: MXFP4 as in the release, BF16, or NVFP4 (readable by this library alone).
 
 MXFP4 and NVFP4 encode the parameters as given, which must be the master weights that training quantized: a rounded copy would change codes.
+A format with another rounding than training's (`Mxfp4(element_round="sr", seed=3)`) writes other weights than the trained ones, and says so in the
+manifest; `verify` reproduces them from the seed.
 Layers are encoded in groups of at most 128 MiB (in the dtype of the parameters), and a thread writes and hashes one group while the next is
 encoded, so the host holds four of them. Everything goes to a hidden sibling directory, is synced, read back and verified, and only then renamed to
 its final name; on failure the sibling is removed.
@@ -29,7 +31,7 @@ import xxhash
 
 import gptoss_jax
 from gptoss_jax.checkpoint.ahead import Tick, in_order
-from gptoss_jax.checkpoint.compare import through_format
+from gptoss_jax.checkpoint.compare import expert_keys, through_format
 from gptoss_jax.checkpoint.hashes import bytes_of, hash_arrays, rows_to_host, take_rows, whole
 from gptoss_jax.checkpoint.hf_config import MANIFEST, hf_config, read_companions
 from gptoss_jax.checkpoint.hf_layout import Layout, Piece, TensorSpec, all_pieces
@@ -64,7 +66,7 @@ def export_hf(
 
     Args:
       params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy.
-      format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16".
+      format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16". Stochastic rounding needs a seed, which the manifest records.
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
       bake: with "bf16", write the values that this format decodes to: the model that QAT trained.
@@ -117,11 +119,15 @@ def export_hf(
 def _checked_format(format: Format | str, bake: Format | None) -> Format | None:
     """The format of the experts, None for BF16."""
     if format == "bf16":
+        if bake is not None and bake.export_problem:
+            raise UsageError(f"bake: {bake} cannot be exported: {bake.export_problem}")
         return None
     try:
         fmt = get_format(format)
     except (ValueError, TypeError) as error:
         raise UsageError(f"format: {error}; 'bf16' is known too") from None
+    if fmt.export_problem:
+        raise UsageError(f"format: {fmt} cannot be exported: {fmt.export_problem}")
     if bake is not None:
         raise UsageError(f"bake is for BF16 exports; an {fmt.name} export holds the codes themselves")
     return fmt
@@ -241,11 +247,13 @@ def _in_one_place(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
 
 
-def _stored(piece: Piece, values: Any, fmt: Format | None, bake: Format | None) -> dict[str, Any]:
-    """What the files hold of some rows of a piece, where these rows lie."""
-    if piece.row.matrix and fmt:
-        return _encode(values, fmt)._asdict()
-    return {"plain": through_format(values, bake) if piece.row.matrix and bake else values}
+def _stored(piece: Piece, values: Any, fmt: Format | None, bake: Format | None, row: int = 0) -> dict[str, Any]:
+    """What the files hold of the rows of a piece from `row` on, where these rows lie."""
+    quantizer = fmt or bake
+    if not piece.row.matrix or not quantizer:
+        return {"plain": values}
+    key = expert_keys(quantizer, piece, row, row + len(values))
+    return _encode(values, fmt, key)._asdict() if fmt else {"plain": through_format(values, bake, key)}
 
 
 def _stored_whole(piece: Piece, leaf: jax.Array, fmt: Format | None, bake: Format | None) -> dict[str, Any]:
@@ -263,10 +271,10 @@ def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) ->
         if cut is not None:
             arrays = {role: rows_to_host(part, row, row + count) for role, part in cut.items()}
         elif isinstance(leaf, jax.Array):
-            arrays = {role: np.asarray(part) for role, part in _stored(piece, take_rows(leaf, piece.slot, row, count), fmt, bake).items()}
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, take_rows(leaf, piece.slot, row, count), fmt, bake, row).items()}
         else:
             values = leaf if piece.slot is None else leaf[piece.slot]
-            arrays = {role: np.asarray(part) for role, part in _stored(piece, values[row : row + count], fmt, bake).items()}
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, values[row : row + count], fmt, bake, row).items()}
         if "plain" in arrays:
             arrays = {"plain": _checked_plain(piece, arrays["plain"], where)}
         else:
@@ -282,5 +290,5 @@ def _checked_plain(piece: Piece, values: np.ndarray, where: str) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _encode(values, fmt: Format):
-    return fmt.encode(values)
+def _encode(values, fmt: Format, key):
+    return fmt.encode(values, key)

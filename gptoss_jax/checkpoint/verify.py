@@ -123,9 +123,12 @@ def _format_of(source: SourceCheckpoint) -> Format | None:
     recorded = manifest.get("bake") or manifest.get("format")
     if recorded and recorded.get("name") != "bf16":
         try:
-            return format_from_dict(recorded)
+            fmt = format_from_dict(recorded)
         except ValueError as error:
             raise CorruptError(f"{source.path / MANIFEST}: {error}") from None
+        if fmt.export_problem:
+            raise CorruptError(f"{source.path / MANIFEST}: {fmt} cannot have been exported: {fmt.export_problem}")
+        return fmt
     return {"mxfp4": Mxfp4(), "nvfp4": Nvfp4(), "bf16": None}[source.layout.experts]
 
 

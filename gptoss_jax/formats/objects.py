@@ -107,6 +107,8 @@ class Nvfp4(FormatOptions):
             return f"NVFP4 files have blocks of 16, not {self.block}"
         if self.tensor_amax == "given":
             return "its global scale comes from a maximum that no file records"
+        if not self.per_expert:
+            return "NVFP4 files of this library have one global scale per expert, and experts are encoded in groups"
         return self._rounding_problem()
 
     def encode(
