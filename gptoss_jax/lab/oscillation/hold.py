@@ -80,7 +80,7 @@ class IterativeFreezing:
     def transform(self, round: Round) -> optax.GradientTransformationExtraArgs:
         def init(params):
             rounded = round(params)
-            average = {name: jnp.asarray(rounded[name], jnp.float32) for name in experts(params)}
+            average = {name: jnp.array(rounded[name], jnp.float32) for name in experts(params)}
             zeros = partial(filled, params)
             return FreezeState(jnp.int32(0), zeros(0), zeros(0, jnp.int8), average, zeros(False, jnp.bool_), zeros(0))
 

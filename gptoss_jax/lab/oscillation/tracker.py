@@ -41,11 +41,8 @@ class OscillationTracker:
 
     def transform(self, round: Round) -> optax.GradientTransformationExtraArgs:
         def init(params):
-            zero = jnp.float32(0)
-            return TrackerState(
-                jnp.int32(0), filled(params, 0), filled(params, 0), filled(params, 0, jnp.int8), filled(params, 0, jnp.int32),
-                zero, zero, zero, zero, zero,
-            )  # fmt: skip
+            sums, scalars = (filled(params, 0), filled(params, 0)), [jnp.float32(0) for _ in range(5)]  # each its own buffer, to be donated
+            return TrackerState(jnp.int32(0), *sums, filled(params, 0, jnp.int8), filled(params, 0, jnp.int32), *scalars)
 
         def update(updates, state, params, **_):
             count, names = state.count + 1, experts(params)
