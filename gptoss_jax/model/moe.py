@@ -27,8 +27,9 @@ from gptoss_jax.ops.experts.inference import expert_mlp_inference
 from gptoss_jax.ops.remat import product
 from gptoss_jax.ops.top_k import top_k
 from gptoss_jax.precision import wide
-from gptoss_jax.quant import ExpertQuant, Gather
+from gptoss_jax.quant import ExpertQuant, Gather, activation_rounding
 from gptoss_jax.quant.gather import cast_and_gather
+from gptoss_jax.quant.two_way import forward_weight
 
 
 class RouterStats(NamedTuple):
@@ -108,8 +109,9 @@ def run_experts(
     flat = lambda x: x.reshape(-1, x.shape[-1])
     out_SD, num_rows = expert_mlp_counted(
         flat(x_BTD), flat(experts_BTA), flat(weights_BTA), captured["gate_up_proj"][0], whole(stored.gate_up_bias_EU),
-        captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend,
+        captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend, activations=activation_rounding(expert_quant),
     )  # fmt: skip
+    captured = {name: (forward_weight(weight), codes) for name, (weight, codes) in captured.items()}
     return out_SD.reshape(x_BTD.shape), num_rows[None], captured
 
 
@@ -130,7 +132,9 @@ class Experts(nnx.Module):
         In generation the first alone."""
         if context.layer is not None:
             return self._inference(x_BTD, experts_BTA, weights_BTA, context), None, {}
-        stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
+        # with `cast_at: step` a weight may have two ways, and is no array then
+        weights = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        stored = StoredExperts(*(variable.get_value() for variable in weights))
         run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
         if context.distribute is not None:
             run = context.distribute.experts(run, context.capture)
@@ -143,7 +147,8 @@ class Experts(nnx.Module):
         weights = (flat(variable.get_value(), dims) for variable, dims in zip(variables, (2, 1, 2, 1)))
         rows = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTA, weights_BTA))
         out_SD = expert_mlp_inference(
-            *rows, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit, backend=context.backend
+            *rows, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit, backend=context.backend,
+            activations=activation_rounding(context.expert_quant),
         )
         return out_SD.reshape(x_BTD.shape)
 

@@ -27,7 +27,7 @@ from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.ops.distillation import Side, distillation_sums
 from gptoss_jax.precision import wide
-from gptoss_jax.quant import ExpertQuant, plain_cast
+from gptoss_jax.quant import ExpertQuant, activation_rounding, plain_cast, with_activations
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, batch_sharding, distribution, param_shardings, replicated
 from gptoss_jax.training.config import DistillConfig, TrainConfig
@@ -188,7 +188,7 @@ def make_loss(
     names, whose architecture is `teacher_config`."""
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
-        expert_quant = plain_cast(dtype)
+        expert_quant = with_activations(plain_cast(dtype), activation_rounding(expert_quant))
 
     run = partial(forward, dtype=dtype, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute)
     tokens = lambda batch: (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
