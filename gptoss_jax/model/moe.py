@@ -32,7 +32,7 @@ from gptoss_jax.quant.gather import cast_and_gather
 
 
 class RouterStats(NamedTuple):
-    """Sums over tokens, so that parts of a batch add up; leading dims (layers) may be stacked. The first three are of the tokens that are not padding.
+    """Sums over tokens, so that parts of a batch add up; leading dims (layers) may be stacked. The first three leave padding out.
 
     `num_dropped` is counted where experts compute: routed rows, of padding too, less those that lie in a block of rows that some device computes.
     """

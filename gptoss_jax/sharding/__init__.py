@@ -5,6 +5,7 @@ from jax.sharding import AxisType, Mesh
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.sharding.attention import attention_parallel
 from gptoss_jax.sharding.batches import local_rows, place_rows
+from gptoss_jax.sharding.embedding import embedding_parallel
 from gptoss_jax.sharding.experts import expert_parallel
 from gptoss_jax.sharding.loss import loss_parallel
 from gptoss_jax.sharding.mesh import MESH_AXES, make_mesh
@@ -29,10 +30,10 @@ def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute
     """
     if isinstance(mesh, Mesh):  # an abstract one, as `plan` makes, has Auto axes
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules), loss_parallel(mesh, rules))
+    return Distribute(attention_parallel(mesh, rules), expert_parallel(mesh, rules), loss_parallel(mesh, rules), embedding_parallel(mesh, rules))
 
 
 __all__ = [
     "DEFAULT_RULES", "MESH_AXES", "ShardingRules", "abstract_sharded_params", "attention_parallel", "batch_sharding", "distribution",
-    "expert_parallel", "local_rows", "loss_parallel", "make_mesh", "param_shardings", "place_rows", "replicated",
+    "embedding_parallel", "expert_parallel", "local_rows", "loss_parallel", "make_mesh", "param_shardings", "place_rows", "replicated",
 ]  # fmt: skip

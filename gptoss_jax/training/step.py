@@ -136,7 +136,7 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
 
 def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute | None) -> Float[Array, ""]:
     """Sum of weight * nll over the tokens of a batch."""
-    run = lambda *arrays, gathers=(): cross_entropy_sum(*arrays, dtype, gathers)
+    run = lambda *arrays, gathers=(), vocab=(): cross_entropy_sum(*arrays, dtype, gathers, vocab)
     if distribute is not None:
         run = distribute.loss(run)
     return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)

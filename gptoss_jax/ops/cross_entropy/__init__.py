@@ -30,7 +30,33 @@ def _logits(hidden_SD, w_VD, dtype):
 
 
 def _picked(logits_SV, targets_S):
-    return jnp.take_along_axis(logits_SV, targets_S[:, None], axis=1)[:, 0]
+    return jnp.take_along_axis(logits_SV, targets_S[:, None], axis=1, mode="fill", fill_value=0)[:, 0]
+
+
+def _targets_here(targets, rows: int, vocab: tuple[str, ...]):
+    """Targets as rows of this device's part of the unembedding; `rows`, which is past its end, for those of other devices."""
+    if not vocab:
+        return targets
+    here = targets - lax.axis_index(vocab) * rows
+    return jnp.where((here >= 0) & (here < rows), here, rows)
+
+
+def _exp(logits_SV, vocab: tuple[str, ...]):
+    """(exp(z - top), its sum, top): maximum and sum are over the whole vocabulary."""
+    top_S = jnp.max(logits_SV, axis=1)
+    if vocab:
+        top_S = lax.pmax(top_S, vocab)
+    exp_SV = jnp.exp(logits_SV - top_S[:, None])
+    sum_S = jnp.sum(exp_SV, axis=1)
+    return exp_SV, lax.psum(sum_S, vocab) if vocab else sum_S, top_S
+
+
+def _share(weights_S, top_S, sum_S, picked_S, vocab: tuple[str, ...]):
+    """This device's share of the loss of a block: the first adds the logsumexp, and each the targets whose logits it has."""
+    lse_S = top_S + jnp.log(sum_S)
+    if vocab:
+        lse_S = jnp.where(lax.axis_index(vocab) == 0, lse_S, 0)
+    return jnp.sum(weights_S * (lse_S - picked_S))
 
 
 def _blocks(num_tokens: int, vocab: int, *arrays: Array) -> tuple[Array, ...]:
@@ -49,7 +75,7 @@ def _whole(w_VD, dtype, gathers):
     return reduce(lambda x, gather: gather.whole(x), gathers, w_VD.astype(dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy_sum(
     hidden_BTD: Float[Array, "B T D"],
     w_VD: Float[Array, "V D"],
@@ -57,52 +83,55 @@ def cross_entropy_sum(
     weights_BT: Float[Array, "B T"],
     dtype=jnp.bfloat16,
     gathers: tuple[Gather, ...] = (),
+    vocab: tuple[str, ...] = (),
 ) -> Float[Array, ""]:
     """Sum over tokens of `weight * -log softmax(hidden @ w.T)[target]`, float32. Differentiable in hidden and w.
 
     Inside a `jax.shard_map` w may be a shard: `gathers`, in turn, make its cast whole, and its gradient comes back as the shard of the float32 sum
-    over those devices.
+    over those devices. Over the mesh axes `vocab` it stays cut by rows, and every device makes the logits of its rows for the same tokens: results
+    and the gradients of hidden then are shares, to be summed over these axes.
 
     Products run in `dtype` with float32 accumulation; the gradient of w is summed over blocks in float32 and returned in w's own dtype, so pass
     the master weights.
     """
 
     w_cast_VD = _whole(w_VD, dtype, gathers)
+    targets_BT = _targets_here(targets_BT, w_cast_VD.shape[0], vocab)
 
     def block_sum(hidden_SD, targets_S, weights_S):
         logits_SV = _logits(hidden_SD, w_cast_VD, dtype)
-        return jnp.sum(weights_S * (jax.nn.logsumexp(logits_SV, axis=1) - _picked(logits_SV, targets_S)))
+        _, sum_S, top_S = _exp(logits_SV, vocab)
+        return _share(weights_S, top_S, sum_S, _picked(logits_SV, targets_S), vocab)
 
     return jnp.sum(lax.map(lambda xs: block_sum(*xs), _blocks(targets_BT.size, w_cast_VD.shape[0], hidden_BTD, targets_BT, weights_BT)))
 
 
-def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers):
+def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers, vocab):
     w_cast_VD = _whole(w_VD, dtype, gathers)
-    num_tokens, vocab = targets_BT.size, w_cast_VD.shape[0]
+    num_tokens, num_rows = targets_BT.size, w_cast_VD.shape[0]
+    targets_BT = _targets_here(targets_BT, num_rows, vocab)
 
     def body(carry, block):
         total, dw_VD = carry
         hidden_SD, targets_S, weights_S = block
         logits_SV = _logits(hidden_SD, w_cast_VD, dtype)
-        top_S = jnp.max(logits_SV, axis=1)
-        exp_SV = jnp.exp(logits_SV - top_S[:, None])
-        sum_S = jnp.sum(exp_SV, axis=1)
-        total += jnp.sum(weights_S * (top_S + jnp.log(sum_S) - _picked(logits_SV, targets_S)))
-        is_target_SV = jnp.arange(vocab) == targets_S[:, None]
+        exp_SV, sum_S, top_S = _exp(logits_SV, vocab)
+        total += _share(weights_S, top_S, sum_S, _picked(logits_SV, targets_S), vocab)
+        is_target_SV = jnp.arange(num_rows) == targets_S[:, None]
         dz_SV = (exp_SV * (weights_S / sum_S)[:, None] - jnp.where(is_target_SV, weights_S[:, None], 0)).astype(dtype)
         dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=wide(dtype))
         dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=wide(dtype))
         return (total, dw_VD), dhidden_SD.astype(hidden_BTD.dtype)
 
     start = jnp.zeros((), wide(dtype)), jnp.zeros(w_cast_VD.shape, wide(dtype))
-    (total, dw_VD), dhidden = lax.scan(body, start, _blocks(num_tokens, vocab, hidden_BTD, targets_BT, weights_BT))
+    (total, dw_VD), dhidden = lax.scan(body, start, _blocks(num_tokens, num_rows, hidden_BTD, targets_BT, weights_BT))
     dhidden_BTD = dhidden.reshape(-1, hidden_BTD.shape[-1])[:num_tokens].reshape(hidden_BTD.shape)
     for gather in reversed(gathers):
         dw_VD = gather.scatter_sum(dw_VD)
     return total, (dhidden_BTD, dw_VD.astype(w_VD.dtype))
 
 
-def _backward(dtype, gathers, gradients, scale):
+def _backward(dtype, gathers, vocab, gradients, scale):
     dhidden_BTD, dw_VD = gradients
     return (dhidden_BTD * scale).astype(dhidden_BTD.dtype), (dw_VD * scale).astype(dw_VD.dtype), None, None
 
