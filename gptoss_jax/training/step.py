@@ -28,7 +28,7 @@ from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.precision import wide
 from gptoss_jax.quant import ExpertQuant, plain_cast
 from gptoss_jax.quant.expert_quant import PROJECTIONS
-from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, batch_sharding, distribution, param_shardings, replicated
+from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, Transport, batch_sharding, distribution, param_shardings, replicated
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
@@ -55,9 +55,9 @@ class Shardings(NamedTuple):
     distribute: Distribute | None = None
 
     @classmethod
-    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> "Shardings":
+    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, transport: Transport = "auto") -> "Shardings":
         """What the rules make of this model and mesh."""
-        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules))
+        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules, transport))
 
 
 class Captured(NamedTuple):
