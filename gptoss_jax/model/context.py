@@ -26,7 +26,8 @@ class Distribute(NamedTuple):
 class Context:
     """Per-row tables and the two choices that SFT and QAT differ in: where expert weights come from, and whether to hand them out.
 
-    Generation sets the last two: which of the stacked expert weights are the layer's own, and how many tokens of each row the cache holds.
+    Generation sets the last three: which of the stacked expert weights are the layer's own, how many tokens of each row the cache holds, and on a
+    mesh `stacked(run)`, which does with shards of experts what `run_stacked_experts` does with all.
     """
 
     segment_ids_BT: Int[Array, "B T"]
@@ -38,6 +39,7 @@ class Context:
     distribute: Distribute | None = None  # on a mesh; None is one device
     layer: Int[Array, ""] | int | None = None
     lengths_B: Int[Array, "B"] | None = None
+    stacked: Callable[[Callable], Callable] | None = None
 
     @property
     def real_BT(self) -> Bool[Array, "B T"]:

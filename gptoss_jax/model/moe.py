@@ -113,11 +113,37 @@ def run_experts(
     return out_SD.reshape(x_BTD.shape), num_rows[None], captured
 
 
+def run_stacked_experts(
+    x_BTD: Float[Array, "B T D"],
+    experts_BTA: Int[Array, "B T A"],
+    weights_BTA: Float[Array, "B T A"],
+    stored: StoredExperts,
+    layer: Int[Array, ""] | int,
+    *,
+    limit: float,
+    backend: str | None,
+    elsewhere: bool = False,
+) -> Float[Array, "B T D"]:
+    """The same for generation: without gradients, from the ready compute weights (`inference.prepare_params`) of one layer among stacked ones.
+
+    Args:
+      stored: with a leading dim of layers, or without.
+      elsewhere: it is a shard (inside a `jax.shard_map`); `experts_BTA` counts the experts of the shard as for `run_experts`.
+    """
+    flat = lambda weights, dims: jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - dims :]), weights)
+    num_experts = stored.down_bias_ED.shape[-2]
+    out_SD = expert_mlp_inference(
+        *(flat(x, 1) for x in (x_BTD, experts_BTA, weights_BTA)), *(flat(weights, dims) for weights, dims in zip(stored, (2, 1, 2, 1))),
+        first=layer * num_experts, num_experts=num_experts, limit=limit, backend=backend, elsewhere=elsewhere,
+    )  # fmt: skip
+    return out_SD.reshape(x_BTD.shape)
+
+
 class Experts(nnx.Module):
     """All experts of a layer. `gate_up_proj` [E, U, D] and `down_proj` [E, D, F] are the weights that get quantized."""
 
     def __init__(self, config: GptOssConfig, *, rngs, dtype, layers: int | None):
-        self.limit, self.num_experts = config.swiglu_limit, config.num_local_experts
+        self.limit = config.swiglu_limit
         experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
         make = dict(layers=layers, dtype=dtype)
         self.gate_up_proj = weight(rngs, (experts, 2 * width, hidden), ("expert", "expert_mlp", "expert_embed"), **make)
@@ -129,23 +155,16 @@ class Experts(nnx.Module):
         """The weighted sum of the chosen experts, the routed rows that each device computed, and what `expert_quant` returned for each projection.
         In generation the first alone."""
         if context.layer is not None:
-            return self._inference(x_BTD, experts_BTA, weights_BTA, context), None, {}
+            variables = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+            run = partial(run_stacked_experts, limit=self.limit, backend=context.backend)
+            if context.stacked is not None:
+                run = context.stacked(run)
+            return run(x_BTD, experts_BTA, weights_BTA, StoredExperts(*(v.get_value() for v in variables)), context.layer), None, {}
         stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
         run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
         if context.distribute is not None:
             run = context.distribute.experts(run, context.capture)
         return run(x_BTD, experts_BTA, weights_BTA, stored)
-
-    def _inference(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> Float[Array, "B T D"]:
-        """With ready compute weights (`inference.prepare_params`) of all stacked layers, of which `context.layer` is this one."""
-        variables = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
-        flat = lambda weights, dims: jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - dims :]), weights)
-        weights = (flat(variable.get_value(), dims) for variable, dims in zip(variables, (2, 1, 2, 1)))
-        rows = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTA, weights_BTA))
-        out_SD = expert_mlp_inference(
-            *rows, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit, backend=context.backend
-        )
-        return out_SD.reshape(x_BTD.shape)
 
 
 class Moe(nnx.Module):

@@ -16,17 +16,20 @@ Legend: B rows  T tokens of a row  P devices of the exchange  S=B*T tokens of a 
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model.moe import StoredExperts
+from gptoss_jax.precision import wide
 from gptoss_jax.quant import Gather
+from gptoss_jax.sharding.mesh import auto_mesh
 from gptoss_jax.sharding.rules import DEFAULT_RULES, ShardingRules
 from gptoss_jax.sharding.transport import expected_share, from_experts, in_order, is_received, make_route, to_experts
 
@@ -40,6 +43,40 @@ def choose_transport(transport: Transport, on_gpus: bool, num_experts: int, per_
     if transport != "auto":
         return transport
     return "ragged" if on_gpus and expected_share(num_experts, per_token, devices) < WORTHWHILE_SHARE else "gather"
+
+
+def stacked_experts(params: Mapping[str, Any]) -> Callable[[Callable], Callable] | None:
+    """How generation runs experts that lie as these parameters do, None where no device has experts of its own: `stacked(run)` does on the mesh what
+    `run_stacked_experts` does on one device. Every device reads the experts that it holds, however it came to them, for all tokens; results are
+    summed. Few tokens are in flight in generation, and weights are what takes time to read: so they stay where they are."""
+    name = next(name for name in params if name.endswith("experts.gate_up_proj"))
+    sharding = getattr(jax.tree.leaves(params[name])[0], "sharding", None)
+    dim = params[name.removesuffix("gate_up_proj") + "down_proj_bias"].ndim - 2
+    axes = sharding.spec[dim] if isinstance(sharding, NamedSharding) and len(sharding.spec) > dim else None
+    return None if axes is None else _stacked(auto_mesh(sharding.mesh), (axes,) if isinstance(axes, str) else tuple(axes))
+
+
+@lru_cache  # the same function for the same mesh: programs are found by it
+def _stacked(mesh: Mesh, axes: tuple[str, ...]) -> Callable[[Callable], Callable]:
+    def distribute(run: Callable) -> Callable:
+        def local(x_BTD, experts_BTA, weights_BTA, stored: StoredExperts, layer):
+            num_here = stored.down_bias_ED.shape[-2]
+            index_BTA = experts_BTA - lax.axis_index(axes) * num_here
+            index_BTA = jnp.where((index_BTA >= 0) & (index_BTA < num_here), index_BTA, num_here)
+            out_BTD = run(x_BTD, index_BTA, weights_BTA, stored, layer, elsewhere=True)
+            return lax.psum(out_BTD.astype(wide(out_BTD.dtype)), axes).astype(out_BTD.dtype)
+
+        def whole(x_BTD, experts_BTA, weights_BTA, stored: StoredExperts, layer):
+            cut = PartitionSpec(*[None] * (stored.down_bias_ED.ndim - 2), axes)
+            # the loops inside carry zeros that vary over no axis, which the check of replication does not follow
+            on_mesh = jax.shard_map(
+                local, mesh=mesh, in_specs=(PartitionSpec(),) * 3 + (cut, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False
+            )
+            return on_mesh(x_BTD, experts_BTA, weights_BTA, stored, layer)
+
+        return whole
+
+    return distribute
 
 
 def expert_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, transport: Transport = "auto") -> Callable[[Callable, bool], Callable]:
