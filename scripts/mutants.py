@@ -44,7 +44,7 @@ MUTANTS = (
            "out_BTNH = run(q_BTNH, k_BTKH, v_BTKH, self.sinks[...] - 1e9,"),
     Mutant("kv_heads_interleaved", "gptoss_jax/model/attention.py", "rotate(product(heads(self.k_proj(x_BTD)))", "rotate(product(heads(self.k_proj(x_BTD)))[:, :, ::-1]"),
     Mutant("alpha_1", "gptoss_jax/ops/swiglu.py", "ALPHA = 1.702", "ALPHA = 1.0"),
-    Mutant("swiglu_limit_off", "gptoss_jax/model/moe.py", "self.limit, self.num_experts = config.swiglu_limit,", "self.limit, self.num_experts = 1e9,"),
+    Mutant("swiglu_limit_off", "gptoss_jax/model/moe.py", "self.limit = config.swiglu_limit", "self.limit = 1e9"),
     Mutant("gate_clamped_below", "gptoss_jax/ops/swiglu.py", "jnp.clip(up_PF, -limit, limit)\n    return", "jnp.clip(up_PF, -limit, limit)\n    g_PF = jnp.maximum(g_PF, -limit)\n    return"),
     Mutant("gate_up_not_interleaved", "gptoss_jax/ops/swiglu.py", "wide_PFX = h_PU.astype(wide(h_PU.dtype)).reshape(*h_PU.shape[:-1], -1, 2)",
            "wide_PFX = h_PU.astype(wide(h_PU.dtype)).reshape(*h_PU.shape[:-1], 2, -1).swapaxes(-1, -2)"),

@@ -28,6 +28,7 @@ from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.model.cache import KVCache, init_cache
 from gptoss_jax.model.inference import decode_step, prefill, prepare_params
 from gptoss_jax.quant import ExpertQuant, activation_rounding
+from gptoss_jax.sharding import stacked_experts
 
 CHUNK = 16  # tokens per trip to the device, where nobody waits for the single one
 SMALLEST = 16
@@ -51,10 +52,11 @@ class _How(NamedTuple):
     backend: str | None
     sampling: Sampling  # with seed 0: keys are data
     activations: Callable[[jax.Array], jax.Array] | None
+    stacked: Callable | None  # of experts that are cut over a mesh
 
     @property
     def numerics(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "backend": self.backend, "activations": self.activations}
+        return {"dtype": self.dtype, "backend": self.backend, "activations": self.activations, "stacked": self.stacked}
 
     @property
     def precision(self) -> str:
@@ -112,7 +114,8 @@ class Generator:
     """Continues prompts.
 
     Args:
-      params: of `load_model` or of training, on one device or sharded over several; compute weights are made of them once.
+      params: of `load_model` or of training, on one device or sharded over several; compute weights are made of them once. Experts that are cut over
+        devices stay there: each device computes those that it holds.
       dtype: of weights, activations and cache.
       expert_quant: `Model.expert_quant(dtype)`: a QAT checkpoint generates through its quantization. None only casts.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
@@ -128,6 +131,7 @@ class Generator:
         self.config, self.dtype, self.backend, self.batch_size = config, jnp.dtype(dtype), backend, batch_size
         self.activations = activation_rounding(expert_quant)
         self.params: Mapping[str, Any] = prepare_params(params, self.dtype, expert_quant)
+        self.stacked = stacked_experts(self.params)
 
     def generate(
         self,
@@ -146,7 +150,7 @@ class Generator:
           UsageError: no tokens to generate; a prompt that is empty, as long as the model's context, or has ids beyond the vocabulary.
         """
         self._check(prompts, max_new_tokens)
-        how = _How(self.config, self.dtype, self.backend, dataclasses.replace(sampling, seed=0), self.activations)
+        how = _How(self.config, self.dtype, self.backend, dataclasses.replace(sampling, seed=0), self.activations, self.stacked)
         stops = np.array(sorted(set(stop_ids)), np.int32)
         results: list[list[int]] = [[] for _ in prompts]
 

@@ -61,10 +61,10 @@ def _ready(value, projection: str | None, quant: ExpertQuant | None, dtype, as_b
     return bits(ready) if as_bits else ready
 
 
-def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, activations, lengths_B=None) -> Context:
+def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, activations, stacked, lengths_B=None) -> Context:
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
     quant = with_activations(plain_cast(dtype), activations)
-    return Context(segment_ids_BT, cos_BTC, sin_BTC, quant, False, backend, lengths_B=lengths_B)
+    return Context(segment_ids_BT, cos_BTC, sin_BTC, quant, False, backend, lengths_B=lengths_B, stacked=stacked)
 
 
 def _logits(params: Mapping, hidden_BD, dtype) -> Float[Array, "B V"]:
@@ -83,6 +83,7 @@ def prefill(
     dtype,
     backend: str | None = None,
     activations: Callable[[Array], Array] | None = None,
+    stacked: Callable | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads prompts into an empty cache; the logits of the token that follows each.
 
@@ -92,10 +93,12 @@ def prefill(
       lengths_B: tokens of each prompt, at least 1.
       cache: of `init_cache`; full layers must have T slots or more.
       activations: `activation_rounding(expert_quant)` of the `expert_quant` that `prepare_params` had.
+      stacked: how experts that are cut over a mesh are run (`gptoss_jax.sharding.stacked_experts`).
     """
     positions_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     real_BT = positions_T < lengths_B[:, None]
-    context = _context(jnp.broadcast_to(positions_T, tokens_BT.shape), real_BT.astype(jnp.int32), config, dtype, backend, activations)
+    positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape)
+    context = _context(positions_BT, real_BT.astype(jnp.int32), config, dtype, backend, activations, stacked)
     hidden_BTD, new, new_tail = build_model(config, params).cached(tokens_BT, context, cache, dtype, is_prompt=True)
     write = lambda layers, news: tuple(fill(old, *kv, lengths_B) for old, kv in zip(layers, news, strict=True))
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -112,6 +115,7 @@ def decode_step(
     dtype,
     backend: str | None = None,
     activations: Callable[[Array], Array] | None = None,
+    stacked: Callable | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads one more token of each row; the logits of the one that follows.
 
@@ -119,7 +123,7 @@ def decode_step(
     active row. `activations` as in `prefill`.
     """
     lengths_B = cache.lengths_B
-    context = _context(lengths_B[:, None], jnp.ones_like(token_B)[:, None], config, dtype, backend, activations, lengths_B)
+    context = _context(lengths_B[:, None], jnp.ones_like(token_B)[:, None], config, dtype, backend, activations, stacked, lengths_B)
     hidden_B1D, new, new_tail = build_model(config, params).cached(token_B[:, None], context, cache, dtype, is_prompt=False)
     one_token = lambda kv: jax.tree.map(lambda x_LBKTH: x_LBKTH[..., 0, :], kv)
     write = lambda layers, news: tuple(append(old, *one_token(kv), lengths_B) for old, kv in zip(layers, news, strict=True))

@@ -27,6 +27,7 @@ from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format, format_from_dict, get_format
 from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
+from gptoss_jax.sharding.experts import Transport
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -263,6 +264,9 @@ class TrainConfig(Section):
     # newest checkpoints that stay on disk
     keep: PositiveInt = 2
     mesh: MeshConfig = MeshConfig()
+    # how rows get to experts of other devices: to all by an all-gather, or only to those that hold their experts by `ragged_all_to_all`, which has
+    # been compiled for GPUs, not run; auto takes the latter on GPUs where it is expected to send less than 3/4
+    expert_transport: Transport = "auto"
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -44,7 +44,10 @@ from gptoss_jax.training.step import (
 
 MAX_SKIPPED_IN_ROW = 3
 # settings that may change between a run and its continuation: they do not touch the result
-FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "batch.accumulation")
+FREE_ON_RESUME = (
+    "model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "expert_transport",
+    "batch.accumulation",
+)  # fmt: skip
 
 
 class BatchIterator(Protocol):

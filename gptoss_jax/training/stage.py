@@ -107,7 +107,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
         raise UsageError(f"config: mesh has {train.mesh.size} devices, but {processes} processes with {devices} devices take part")
     if train.mesh.size == 1:
         return None
-    return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
+    return Shardings.on(config, make_mesh(**train.mesh.model_dump()), transport=train.expert_transport)
 
 
 def run_stage(

@@ -43,6 +43,21 @@ def test_equals_the_experts_of_training(rows):
 
 
 @pytest.mark.parametrize("rows", [1, 9, 100])
+def test_parts_of_the_experts_add_up(rows):
+    """As on devices that hold 3 and 5 of 8 experts, told apart by the number past their own."""
+    x, experts, weights, params = operands(rows)
+    run = lambda part, chosen, count, elsewhere: expert_mlp_inference(
+        x, chosen, weights, *part, first=0, num_experts=count, limit=LIMIT, backend="xla", elsewhere=elsewhere
+    )
+    one = [p[:E] for p in params]
+    parts = [([p[start:end] for p in one], np.where((experts >= start) & (experts < end), experts - start, end - start), end - start)
+             for start, end in ((0, 3), (3, 8))]  # fmt: skip
+    want = run(one, experts, E, False)
+    got = sum(run(part, jnp.asarray(chosen, jnp.int32), count, True) for part, chosen, count in parts)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 100])
 def test_bits_of_bfloat16_and_packed_codes_give_the_bits_of_plain_weights(rows):
     x, experts, weights, (up, bias_up, down, bias_down) = operands(rows, "bfloat16")
     codes = [mxfp4.encode(w) for w in (up, down)]

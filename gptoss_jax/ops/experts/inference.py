@@ -47,14 +47,16 @@ def expert_mlp_inference(
     limit: float,
     backend: str | None = None,
     activations: Callable[[Array], Array] | None = None,
+    elsewhere: bool = False,
 ) -> Float[Array, "S D"]:
-    """`expert_mlp` with expert e of the layer at index `first + e` of the weights; not differentiable."""
+    """`expert_mlp` with expert e of the layer at index `first + e` of the weights; not differentiable. With `elsewhere` the number `num_experts`
+    stands for an expert of another device, which is not computed and adds zeros."""
     backend = resolve_backend(backend)
     weights = w_gate_up_XUD, bias_up_XU, w_down_XDF, bias_down_XD
     rounded = activations or (lambda x: x)
     x_SD = rounded(x_SD)
     act = lambda h: rounded(clamped_swiglu(h, limit))
-    if backend == "xla" and x_SD.shape[0] == 1:
+    if backend == "xla" and x_SD.shape[0] == 1 and not elsewhere:
         return _one_token(x_SD, first + experts_SA[0], weights_SA, weights, act)
     few = experts_SA.size <= FEW_ROWS
     groups = group_few_rows(experts_SA, num_experts, FEW_BLOCK_ROWS[backend]) if few else group_rows(experts_SA, num_experts, block_rows(backend))
@@ -79,6 +81,7 @@ def group_few_rows(experts_SA: Int[Array, "S A"], num_experts: int, rows: int) -
     before_EE = jnp.tri(num_experts, k=-1, dtype=bool)
     first_E = jnp.sum(jnp.where(before_EE, blocks_E, 0), axis=1, dtype=jnp.int32)
     slot_R = jnp.sum(jnp.where(is_mine_ER, first_E[:, None], 0), axis=0, dtype=jnp.int32) * rows + rank_R
+    slot_R = jnp.where(experts_R < num_experts, slot_R, max_blocks * rows + index_R)  # out of range, each its own
     is_there_PR = jnp.arange(max_blocks * rows)[:, None] == slot_R
     assignment_P = num_rows + jnp.sum(jnp.where(is_there_PR, index_R - num_rows, 0), axis=1, dtype=jnp.int32)
     block_expert_G = jnp.sum((first_E + blocks_E) <= jnp.arange(max_blocks)[:, None], axis=1, dtype=jnp.int32).clip(max=num_experts - 1)
