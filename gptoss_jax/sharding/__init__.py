@@ -16,6 +16,7 @@ from gptoss_jax.sharding.rules import (
     param_shardings,
     replicated,
 )
+from gptoss_jax.sharding.storage import storage_shardings
 
 
 def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute:
@@ -35,4 +36,5 @@ def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Distribute
 __all__ = [
     "DEFAULT_RULES", "MESH_AXES", "ShardingRules", "abstract_sharded_params", "attention_parallel", "batch_sharding", "distribution",
     "expert_parallel", "local_rows", "loss_parallel", "make_mesh", "param_shardings", "place_rows", "replicated",
+    "storage_shardings",
 ]  # fmt: skip
