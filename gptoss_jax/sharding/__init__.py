@@ -17,6 +17,7 @@ from gptoss_jax.sharding.rules import (
     param_shardings,
     replicated,
 )
+from gptoss_jax.sharding.storage import storage_shardings
 
 
 def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, transport: Transport = "auto") -> Distribute:
@@ -36,5 +37,5 @@ def distribution(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, transport: Tr
 __all__ = [
     "DEFAULT_RULES", "MESH_AXES", "ShardingRules", "Transport", "abstract_sharded_params", "attention_parallel", "batch_sharding", "distribution",
     "embedding_parallel", "expert_parallel", "local_rows", "loss_parallel", "make_mesh", "param_shardings", "place_rows", "replicated",
-    "stacked_experts",
+    "stacked_experts", "storage_shardings",
 ]  # fmt: skip
