@@ -145,7 +145,8 @@ def _value_bits(codes: UInt8[Array, "*batch C Q"], scale_e8m0: Int32[Array, "...
     m = jnp.where(index < steps, index, steps + index % steps)
     exp = jnp.maximum(index >> element.mantissa_bits, 1) - 1 + element.min_exp
     bits = jax.lax.bitcast_convert_type(m.astype(jnp.float32), jnp.int32)
-    field = (bits >> fb.EXP_SHIFT) + exp - element.mantissa_bits + scale_e8m0 - 127  # exponent of the product: under 1 subnormal, from 255 on infinite
+    # exponent field of the product: below 1 it is subnormal, from 255 on infinite
+    field = (bits >> fb.EXP_SHIFT) + exp - element.mantissa_bits + scale_e8m0 - 127
     mantissa = bits & 0x7FFFFF
     subnormal = (mantissa | fb.MIN_NORMAL) >> jnp.clip(1 - field, 0, 31)
     product = jnp.where(field < 1, subnormal, jnp.where(field < 255, (field << fb.EXP_SHIFT) | mantissa, fb.INF))
