@@ -13,7 +13,7 @@ from gptoss_jax.checkpoint.load import load_params
 from gptoss_jax.checkpoint.source import open_checkpoint
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig
-from gptoss_jax.quant import QuantPolicy, make_expert_quant
+from gptoss_jax.quant import QuantPolicy, estimator_to_dict, make_expert_quant
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sha
     params = orbax_store.restore_params(directory, step, shardings)
     policy = QuantPolicy.from_dict(meta.quant) if meta.quant else None
     source = {"run": directory.parent.name, "step": step, "base": meta.source}
+    if policy is not None:
+        source["estimator"] = estimator_to_dict(policy.estimator)  # the format stands elsewhere in a manifest
     assets = orbax_store.step_dir(directory, step) / orbax_store.ASSETS
     return Model(GptOssConfig.from_dict(meta.model), params, assets, policy, meta.code_hashes, source)
 
