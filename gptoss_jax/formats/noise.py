@@ -38,7 +38,8 @@ def as_words(key: jax.Array) -> Key:
         key = jax.random.key_data(key)
         key = key if key.shape[-1] == 2 else key[..., :2] ^ mix(key[..., 2:])  # rbg keys have four words
     if getattr(key, "dtype", None) != jnp.uint32 or key.ndim == 0 or key.shape[-1] != 2:
-        raise TypeError(f"a key is jax.random.key(...) or uint32 [..., 2], not {getattr(key, 'dtype', type(key).__name__)} {getattr(key, 'shape', '')}")
+        found = f"{key.dtype} {key.shape}" if hasattr(key, "dtype") else type(key).__name__
+        raise TypeError(f"a key is jax.random.key(...) or uint32 [..., 2], not {found}")
     return jnp.asarray(key)
 
 
