@@ -4,8 +4,8 @@
     OUT/results/ARM/seed-S.json        settings, what was measured, what was recorded step by step
     OUT/../stages/                     trained weights that arms share, of all experiments beside this one
 
-A process takes the first task that nobody holds (a lock file, freed with the process), SFT stages first, until none is left. A result is there whole or
-not at all. Results of a changed definition are refused with the difference; arms and seeds may be added.
+A process takes the first task that nobody holds (a lock file, freed with the process), SFT stages first, until none is left. A result is there whole
+or not at all. Results of a changed definition are refused with the difference; arms and seeds may be added.
 """
 
 import json
@@ -85,7 +85,9 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
         yield f"{name}: {before!r} -> {now!r}"
 
 
-def work(experiment: Experiment, tasks: list[Task], out: Path, say: Say = lambda text: None, done: Callable[[Task], None] = lambda task: None) -> None:
+def work(
+    experiment: Experiment, tasks: list[Task], out: Path, say: Say = lambda text: None, done: Callable[[Task], None] = lambda task: None
+) -> None:
     """Runs tasks until none is left that another process does not hold.
 
     Args:

@@ -7,6 +7,7 @@ fixed here before anything was measured on it.
 A row passes if greedy decoding would give its reference word for word, which one forward pass decides (`evaluation/pass_rate.py`).
 """
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from gptoss_jax.evaluation import LocalSubject, score
 from gptoss_jax.evaluation.predict import make_predict
 from gptoss_jax.evaluation.tasks import task_rows
 from gptoss_jax.formats import Format
+from gptoss_jax.formats.noise import matrix_keys
 from gptoss_jax.lab.quantizer import Quantizer, expert_names
 
 FRESH_SEED = 20251125
@@ -58,8 +60,15 @@ def deployed(params: Mapping[str, Array], extra: Mapping[str, Array], quantizer:
     elif export == "bf16":
         made = dict(params)
     else:
-        made = {**params, **{name: export.encode_decode(params[name], jnp.float32)[0] for name in expert_names(params)}}
+        made = {**params, **{name: _exported(name, params[name], export) for name in expert_names(params)}}
     return {name: weight.astype(jnp.bfloat16).astype(jnp.float32) for name, weight in made.items()}
+
+
+def _exported(name: str, w: Array, fmt: Format) -> Array:
+    """Decoded codes. Random rounding draws for every matrix from the format's seed and its place."""
+    lead = w.shape[:-2]
+    keys = matrix_keys(fmt.seed, name, math.prod(lead)).reshape(*lead, 2) if fmt.stochastic else None
+    return fmt.encode_decode(w, jnp.float32, keys)[0]
 
 
 class HeldOut:

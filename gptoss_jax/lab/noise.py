@@ -18,8 +18,8 @@ def move_in_cell(params: Mapping[str, Array], fmt: Format, share: float, key: Ar
     cell, a weight crosses a border with a probability that grows with its update: rounding to nearest then acts like stochastic rounding, while the
     base itself, rounded, stays what it was.
 
-    The cell of a magnitude reaches half way to its neighbours; that of the largest as far up as down. The block maximum keeps its value, so that scales,
-    which follow from it, stay too.
+    The cell of a magnitude reaches half way to its neighbours; that of the largest as far up as down. The block maximum keeps its value, so that
+    scales, which follow from it, stay too.
     """
     moved = {}
     for number, name in enumerate(expert_names(params)):

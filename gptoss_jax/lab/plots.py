@@ -1,5 +1,7 @@
-"""Plots of an experiment, each a PNG with the plotted numbers as CSV beside it. Colours are those of Okabe and Ito; markers and dashes tell the same, so
-that everything can be read in grey. matplotlib is the extra `plots`."""
+"""Plots of an experiment, each a PNG with the plotted numbers as CSV beside it.
+
+Colours are those of Okabe and Ito; markers and dashes tell the same, so that everything can be read in grey. matplotlib is the extra `plots`.
+"""
 
 import csv
 import math

@@ -122,12 +122,14 @@ def make_table(experiment: Experiment, lines: Sequence[Line]) -> Table:
             columns.append((title, lambda line, measure=measure, digits=digits, scale=scale: _mean(line.of(measure), digits, scale)))
     seeds = len({seed for line in lines for seed in line.results})
     legend = (
-        f"{seeds} seed{'s' * (seeds > 1)}; ±: half of the 95 % interval of the mean (Student's t over seeds). Loss: nats per trained token of the held-out "
-        f"conversations, set `{experiment.evaluation.set}`. kept: share of the training of the experts that deployment leaves in place; pull-back: "
-        "cosine between what rounding does and minus what training did; values changed: experts' weights whose deployed value differs from the base's."
+        f"{seeds} seed{'s' * (seeds > 1)}; ±: half of the 95 % interval of the mean (Student's t over seeds). Loss: nats per trained token of the "
+        f"held-out conversations, set `{experiment.evaluation.set}`. kept: share of the training of the experts that deployment leaves in place; "
+        "pull-back: cosine between what rounding does and minus what training did; values changed: weights of the experts whose deployed value "
+        "differs from the base's."
     )
     if experiment.reference is not None:
-        legend += f" Reference: {experiment.reference if isinstance(experiment.reference, str) else ', '.join(experiment.reference.values())}; [a-b]: 95 %."
+        name = experiment.reference if isinstance(experiment.reference, str) else ", ".join(experiment.reference.values())
+        legend += f" Reference: {name}; [a-b]: 95 % interval of the ratio."
     return Table([title for title, _ in columns], [[make(line) for _, make in columns] for line in lines], legend)
 
 
@@ -184,7 +186,8 @@ def write_report(experiment: Experiment, arms: Sequence[NamedArm], out: Path) ->
 def _facts(experiment: Experiment, results: Sequence[Result], missing: int) -> str:
     minutes = sum(result["seconds"]["arm"] for result in results) / 60
     versions = results[0]["versions"]
-    text = f"{len(results)} results, {minutes:.0f} minutes of one process with {versions['cores']} core{'s' * (versions['cores'] > 1)}, jax {versions['jax']}."
+    cores = f"{versions['cores']} core{'s' * (versions['cores'] > 1)}"
+    text = f"{len(results)} results, {minutes:.0f} minutes of one process with {cores}, jax {versions['jax']}."
     common = ", ".join(f"{key}: {json.dumps(value)}" for key, value in experiment.arm.items())
     text += f" Settings of all arms over the defaults: {common}." if common else ""
     return text + (f" {missing} of {missing + len(results)} results are missing." if missing else "")

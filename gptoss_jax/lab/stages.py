@@ -107,7 +107,7 @@ class Stages:
         """The weights that the arm deploys; `keep` them for other arms."""
         start = self.sft(arm, seed)
         if not arm.steps:
-            return Stage(start.params, {}, {"history": {}, "curve": [], "seconds": 0.0})
+            return Stage(start.params, quantizer_of(arm).init(start.params), {"history": {}, "curve": [], "seconds": 0.0})
         train = self._train_config(arm.steps, arm.learning_rate, arm.min_ratio, seed)
         if arm.distill:
             train = train.model_copy(update={"distill": DistillConfig(teacher="sft", weight=arm.distill)})
@@ -156,6 +156,6 @@ class Stages:
                 return stage
         record = json.loads(place.with_suffix(".json").read_text())
         with safe_open(place.with_suffix(".safetensors"), "numpy") as file:
-            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}
         part = lambda kind: {name.removeprefix(f"{kind}/"): x for name, x in arrays.items() if name.startswith(f"{kind}/")}
         return Stage(part("params"), part("extra"), {name: record[name] for name in ("history", "curve", "seconds")})

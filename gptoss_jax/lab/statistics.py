@@ -1,8 +1,8 @@
 """Means over seeds with 95 % intervals, and differences between arms that had the same seeds.
 
-Interval: Student's t over n seeds, mean +- t(0.975, n-1) * s / sqrt(n); with one seed there is none. For three seeds t is 4.30, so an interval that leaves
-out zero is strong evidence and one that holds it is weak evidence of no difference. A difference is taken seed by seed first: what a seed's data, order
-of batches and start do to both arms cancels.
+Interval: Student's t over n seeds, mean +- t(0.975, n-1) * s / sqrt(n); with one seed there is none. For three seeds t is 4.30, so an interval that
+leaves out zero is strong evidence and one that holds it is weak evidence of no difference. A difference is taken seed by seed first: what a seed's
+data, order of batches and start do to both arms cancels.
 """
 
 import math

@@ -8,9 +8,9 @@ With a straight-through `FakeQuant` it computes what `training.step` computes, t
 compiled program and not part of it, as are weights, batches and keys: arms that differ in schedule, length, seed or start share one compilation.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,10 @@ Loss = Callable[[Mapping[str, Array], Any, Any], tuple[Array, dict[str, Array]]]
 
 
 class Tool(Protocol):
-    """Makes an Optax transformation that knows how weights are rounded: `round(params) -> params`. Frozen and hashable."""
+    """Makes an Optax transformation that knows how weights are rounded: `round(params) -> params`. Frozen and hashable. One that acts on gradients
+    comes before Adam, after clipping; one that acts on updates comes last."""
+
+    acts_on: ClassVar[str]  # "gradients" or "updates"
 
     def transform(self, round: Callable[[Mapping[str, Array]], dict[str, Array]]) -> optax.GradientTransformationExtraArgs: ...
 
@@ -80,10 +83,11 @@ def scale_by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def adamw(train: TrainConfig) -> list[optax.GradientTransformation]:
-    """Clip, Adam and decay of the settings, as `training.optimizer` has them; the learning rate comes with every update."""
+def adamw(train: TrainConfig, first: Sequence[optax.GradientTransformation] = ()) -> list[optax.GradientTransformation]:
+    """Clip, Adam and decay of the settings, as `training.optimizer` has them; the learning rate comes with every update. `first` sees clipped
+    gradients."""
     settings = train.optimizer
-    chain = [optax.clip_by_global_norm(train.clip), optax.scale_by_adam(settings.b1, settings.b2, settings.eps)]
+    chain = [optax.clip_by_global_norm(train.clip), *first, optax.scale_by_adam(settings.b1, settings.b2, settings.eps)]
     if settings.weight_decay:
         chain.append(optax.add_decayed_weights(settings.weight_decay, mask=lambda params: {name: decays(name) for name in params}))
     return [*chain, scale_by_rate()]
@@ -107,7 +111,7 @@ def run(
       train: of its settings those of the optimizer, the schedule, the loss and the computation are read.
       batches: gives at least `steps` batches.
       loss: as `training_loss(config, train)`.
-      tools: made into Optax transformations that follow AdamW.
+      tools: made into Optax transformations around AdamW.
       context: handed to the loss, as an argument of the compiled program.
       extra: the quantizer's own arrays; by default those of its `init`.
       watch: called with (steps made, parameters, the quantizer's arrays) before every step and after the last; the arrays end with the call.
@@ -147,8 +151,8 @@ def _program(train: TrainConfig, quantizer: Quantizer, tools: tuple[Tool, ...], 
         params, extra = _split(trained, names)
         return {**quantizer.round(params, extra), **extra}
 
-    optimizer = optax.with_extra_args_support(optax.chain(*adamw(train), *(tool.transform(rounded) for tool in tools)))
-
+    before, after = ([tool.transform(rounded) for tool in tools if tool.acts_on == place] for place in ("gradients", "updates"))
+    optimizer = optax.with_extra_args_support(optax.chain(*adamw(train, before), *after))
     def step(state: LabState, batch, rate, key, context):
         def objective(trained):
             with jax.named_scope("quantizer"):

@@ -66,6 +66,8 @@ class CountState(NamedTuple):
 class CountFlips:
     """Weights whose rounded value an update changes."""
 
+    acts_on = "updates"
+
     def transform(self, round):
         w_q = lambda params: {name: round(params)[name] for name in expert_names(params)}
 
