@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.errors import CorruptError, RunError, UsageError
-from gptoss_jax.lab.experiment import Experiment, NamedArm, fingerprint
+from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint
 from gptoss_jax.lab.held_out import deployed, rounding_of
 from gptoss_jax.lab.parts import export_of, quantizer_of
 from gptoss_jax.lab.stages import Say, Stages, locked
@@ -72,7 +72,10 @@ def check_definitions(experiment: Experiment, tasks: list[Task], out: Path) -> N
     for task in tasks:
         file = task.file(out)
         if file.exists():
-            changes = list(_differences("", read_result(file)["definition"], definition(experiment, task)))
+            before = read_result(file)["definition"]
+            # settings that came later had their default
+            before = {**before, "arm": {**Arm().model_dump(mode="json"), **before["arm"]}}
+            changes = list(_differences("", before, definition(experiment, task)))
             if changes:
                 raise UsageError(f"{file}: was made with other settings ({'; '.join(changes[:3])}): choose another --out, or remove it")
 
