@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptoss_jax.formats import mxfp4, nvfp4
+from gptoss_jax.formats import mx, mxfp4, nvfp4
 from gptoss_jax.formats.format import FormatOptions
 from gptoss_jax.formats.minifloat import E2M1
 from gptoss_jax.formats.noise import Key
@@ -107,6 +107,8 @@ class Nvfp4(FormatOptions):
             return f"NVFP4 files have blocks of 16, not {self.block}"
         if self.tensor_amax == "given":
             return "its global scale comes from a maximum that no file records"
+        if not self.per_expert:
+            return "NVFP4 files of this library have one global scale per expert, and experts are encoded in groups"
         return self._rounding_problem()
 
     def encode(
@@ -129,3 +131,72 @@ class Nvfp4(FormatOptions):
         if (amax is not None) != (self.tensor_amax == "given"):
             raise TypeError(f"tensor_amax={self.tensor_amax!r} {'needs' if amax is None else 'takes no'} argument amax")
         return self.tensor_amax if isinstance(self.tensor_amax, int | float) else amax
+
+
+@dataclass(frozen=True, repr=False)
+class _Mx(FormatOptions):
+    """The two standard formats of one codec (`mx`); the subclasses differ in name and element types."""
+
+    element: str
+    scale_rule: str = "rceil"
+    element_round: str = "rne"
+    block: int = mx.BLOCK_SIZE
+    seed: int | None = None
+
+    elements: ClassVar[tuple[str, ...]]
+    always_recorded: ClassVar[tuple[str, ...]] = ("element", "scale_rule")
+
+    def __post_init__(self):
+        if self.element not in self.elements:
+            raise ValueError(f"{self.name} has elements {' or '.join(self.elements)}, not {self.element!r}")
+        mx.check_options(self._options)
+        self._check_seed()
+
+    @property
+    def _options(self) -> mx.Options:
+        return mx.Options(self.element, self.scale_rule, self.element_round, self.block)
+
+    @property
+    def block_size(self) -> int:
+        return self.block
+
+    @property
+    def magnitudes(self) -> tuple[float, ...]:
+        return mx.ELEMENTS[self.element].magnitudes
+
+    @property
+    def export_problem(self) -> str | None:
+        return f"no inference engine loads weights in {self.name.upper()}: it is for activations and for research"
+
+    def encode(self, x: Float[Array, "*batch n"], key: Key | None = None) -> mx.Codes:
+        return mx.encode(x, self._options, key)
+
+    def decode(self, q: mx.Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
+        return mx.decode(q, self._options, dtype)
+
+    def encode_decode(self, x: Float[Array, "*batch n"], dtype, key: Key | None = None) -> tuple[Float[Array, "*batch n"], mx.Codes]:
+        q = self.encode(x, key)
+        return self.decode(q, dtype), q
+
+    def parts(self, q: mx.Codes) -> Parts:
+        return mx.parts(q, self._options)
+
+
+@dataclass(frozen=True, repr=False)
+class Mxfp8(_Mx):
+    """MXFP8 with elements "e4m3" (activations) or "e5m2"."""
+
+    element: str = "e4m3"
+
+    name: ClassVar[str] = "mxfp8"
+    elements: ClassVar[tuple[str, ...]] = ("e4m3", "e5m2")
+
+
+@dataclass(frozen=True, repr=False)
+class Mxfp6(_Mx):
+    """MXFP6 with elements "e2m3" or "e3m2"."""
+
+    element: str = "e2m3"
+
+    name: ClassVar[str] = "mxfp6"
+    elements: ClassVar[tuple[str, ...]] = ("e2m3", "e3m2")
