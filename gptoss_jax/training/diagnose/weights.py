@@ -20,7 +20,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,22 +83,50 @@ def weight_changes(sft: str | Path, base: str | Path, fmt: Format, max_experts: 
       UsageError: the two are no models of one shape.
       CorruptError: one of them is damaged.
     """
-    (config, read), (base_config, read_base) = _open(sft), _open(base)
+    (config, slices), (base_config, base_slices) = expert_slices(sft, max_experts), expert_slices(base, max_experts)
     if config != base_config:
         raise UsageError(f"{sft} and {base} are models of different shape")
-    changes = {}
-    for piece in all_pieces(config):
-        if piece.row.matrix:
-            parts = [_change(read(piece, ranges), read_base(piece, ranges), fmt) for ranges in _single_experts(piece, max_experts)]
-            changes[piece.layer, piece.row.path.rpartition(".")[2]] = total(parts)
-    return changes
+    changes: dict[tuple[int, str], list[Change]] = {}
+    for ours, theirs in zip(slices, base_slices):
+        changes.setdefault((ours.layer, ours.projection), []).append(_change(ours.read(), theirs.read(), fmt))
+    return {key: total(parts) for key, parts in changes.items()}
 
 
-def _single_experts(piece: Piece, limit: int) -> Iterator[tuple[slice, ...]]:
+class ExpertSlice(NamedTuple):
+    """One expert of one projection. `read()` gives its weights [1, out, in] as stored, decoded to float32 where they are codes."""
+
+    layer: int
+    projection: str
+    expert: int
+    read: Callable[[], jax.Array]
+
+
+def expert_slices(path: str | Path, limit: int | None = None) -> tuple[GptOssConfig, Iterator[ExpertSlice]]:
+    """Architecture, and every expert of every projection of a checkpoint, layer by layer; of each matrix at most `limit`, spread evenly.
+
+    Files are mapped and read slice by slice; the masters of a training checkpoint are loaded whole.
+
+    Raises:
+      UsageError, CorruptError: nothing readable there, or damaged.
+    """
+    config, read = _open(path)
+
+    def slices():
+        for piece in all_pieces(config):
+            if piece.row.matrix:
+                for ranges in _single_experts(piece, limit):
+                    projection = piece.row.path.rpartition(".")[2]
+                    yield ExpertSlice(piece.layer, projection, ranges[0].start, functools.partial(read, piece, ranges))
+
+    return config, slices()
+
+
+def _single_experts(piece: Piece, limit: int | None) -> Iterator[tuple[slice, ...]]:
     """Ranges of one expert each: all of them, or `limit` spread evenly."""
     experts, rows, width = piece.shape
-    for i in range(min(experts, limit)):
-        expert = i * experts // min(experts, limit)
+    count = experts if limit is None else min(experts, limit)
+    for i in range(count):
+        expert = i * experts // count
         yield slice(expert, expert + 1), slice(0, rows), slice(0, width)
 
 
@@ -109,7 +137,7 @@ def _open(path: str | Path) -> tuple[GptOssConfig, Read]:
 
         def read(piece, ranges):
             found = source.read(piece, ranges)
-            return found.decode(jnp.bfloat16) if isinstance(found, EncodedSlice) else jnp.asarray(found)
+            return found.decode(jnp.float32) if isinstance(found, EncodedSlice) else jnp.asarray(found)
 
         return source.config, read
     model = load_model(path, jnp.float32)
