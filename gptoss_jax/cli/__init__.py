@@ -25,10 +25,11 @@ COMMANDS = {
     "chat": ("chat", "chat", "a conversation on the terminal", "chat out/"),
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
     "plan": ("plan", "plan", "memory, traffic, layout of a training config before anything is allocated", "plan --config FILE.yaml --device h200"),
+    "lab": ("lab", "COMMANDS", "research on quantization gradients: probe a model", "lab probe nano --format nvfp4 --estimators ste"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
 # run long enough to gain from memory in large pages
-COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval", "compare", "generate", "chat", "import", "export", "logits")
+COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval", "compare", "generate", "chat", "import", "export", "logits", "lab")
 
 
 def overview() -> str:

@@ -114,17 +114,22 @@ def test_descent_along_the_true_gradient_realises_what_it_predicts(params, batch
     (_, grads), = estimator_gradients(objective, batches[0], {"ste": as_quantize(FMT)}).values()
     size = np.sqrt(np.mean(np.concatenate([np.ravel(g) for g in grads.values()]) ** 2))
     row = the_row(rows, estimator="ste", step=0.05)
-    loss = lambda sign: float(objective.loss(rounded(as_quantize(FMT), {n: w + sign * 0.05 * rms / size * grads[n] for n, w in objective.experts.items()}), batches[0]))
-    assert row["realised"] == pytest.approx(loss(-1) - loss(1), rel=1e-3)
+
+    def loss(factor):
+        moved = {name: w + factor * rms / size * grads[name] for name, w in objective.experts.items()}
+        return float(objective.loss(rounded(as_quantize(FMT), moved), batches[0]))
+
+    assert row["realised"] == pytest.approx(loss(-0.05) - loss(0.05), rel=1e-3)
     assert row["ratio"] == pytest.approx(row["realised"] / row["predicted"]) and row["forward"] == "quantized"
 
 
 def test_smoothed_slope_of_an_unquantized_model_is_the_gradients_own(params, batches):
     """With Q the identity the smoothed gradient is the gradient up to curvature: ratio 1 within its standard error."""
     identity = lambda experts, key=None: experts
-    rows = probe_smoothed(CONFIG, params, batches[0], identity, [identity], radius=0.02, draws=4)
+    # with ten times this radius a token or two changes experts, and the loss jumps
+    rows = probe_smoothed(CONFIG, params, batches[0], identity, [identity], radius=0.003, draws=4)
     row = the_row(rows, estimator=AT_W)
-    assert row["ratio"] == pytest.approx(1, abs=max(4 * row["ratio_error"], 0.02)) and row["ratio_error"] < 0.05
+    assert row["ratio"] == pytest.approx(1, abs=0.01) and row["ratio_error"] < 0.01 and row["cosine_at_least"] == pytest.approx(1, abs=0.02)
     assert len(rows_at(rows, (1, None, None))) == 2
 
 

@@ -20,7 +20,8 @@ not: <g_s, g> = E[c <u, g>] has the standard error |g_s| |g| / sqrt(K). It falls
     cosine_at_least  <g_s, g> / |g| sqrt(E c^2). c also holds what is not linear in u, so the cosine itself is at least this, up to the noise
     radius           s over the root mean square of the expert weights; `radius_absolute` is s
 
-Draws are shared by all estimators. Estimates for single layers hold the noise of all the others; their errors say so.
+Draws are shared by all estimators. Estimates for single layers hold the noise of all the others; their errors say so. The loss jumps where a token
+changes experts; the smaller the radius, the more such jumps weigh in c.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

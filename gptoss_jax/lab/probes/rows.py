@@ -37,7 +37,7 @@ def write_rows(rows: Sequence[Row], path: str | Path) -> tuple[Path, Path]:
     if not rows:
         raise ValueError(f"{path}: no rows to write")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    rows = [{name: _plain(row.get(name)) for name in columns} for row in rows]
+    rows = [{name: plain(row.get(name)) for name in columns} for row in rows]
     parquet, lines = (Path(path).with_suffix(ending) for ending in (".parquet", ".jsonl"))
     parquet.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({name: pa.array([row[name] for row in rows]) for name in columns}), parquet)
@@ -54,10 +54,10 @@ def read_rows(path: str | Path) -> list[Row]:
     return pq.read_table(path).to_pylist()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value for JSON: numbers of Python, None for what is not finite."""
     if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
