@@ -32,6 +32,7 @@ from gptoss_jax.training.signals import Interrupted, StopRequest
 from gptoss_jax.training.step import (
     Params,
     Shardings,
+    Teacher,
     TrainState,
     abstract_state,
     init_state,
@@ -62,6 +63,7 @@ class Trainer:
       policy: what is fake-quantized; None for SFT.
       eval_batches: makes a fresh pass over the evaluation set; evaluated before the first step, every `train.eval_every` and at the end.
       measure: (step, parameters) -> further numbers of an evaluation, by the name they get in metrics.jsonl (`task_rates.TaskRates`).
+      teacher: the model of `train.distill`.
       assets: files that travel with the checkpoints (tokenizer, source config.json).
     """
 
@@ -76,6 +78,7 @@ class Trainer:
         eval_batches: Callable[[], Iterable[Any]] | None = None,
         measure: Callable[[int, Params], dict[str, float]] | None = None,
         shardings: Shardings | None = None,
+        teacher: Teacher | None = None,
         assets: Iterable[Path] = (),
         progress: Progress | None = None,
     ):
@@ -84,7 +87,8 @@ class Trainer:
         self.measure = measure
         self.eval_batches, self.shardings, self.assets = eval_batches, shardings, tuple(assets)
         self.progress = progress or Progress(train.steps)
-        self.train_step = make_train_step(config, train, expert_quant, shardings)
+        self.train_step = make_train_step(config, train, expert_quant, shardings, teacher)
+        self.teacher = () if teacher is None else (teacher.params,)
         self.eval_step = make_eval_step(config, train, expert_quant, shardings)
         self.capture_step = make_capture_step(config, train, expert_quant, shardings, weights=False) if policy else None
         self.all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params.values()])))
@@ -161,7 +165,7 @@ class Trainer:
                 position = self.batches.state()
                 batch = self._next_batch()
                 with jax.transfer_guard("disallow"):
-                    self.state, metrics = self.train_step(self.state, batch)
+                    self.state, metrics = self.train_step(self.state, batch, *self.teacher)
                 self.step += 1
                 if pending is not None:
                     self._report(*pending)
@@ -228,6 +232,8 @@ class Trainer:
         record["tok_per_s"] = round(values["tokens"] / elapsed, 1) if elapsed else None
         if self.train.router_aux_loss_coef:
             record["aux_loss"] = values["aux_loss"]
+        if self.teacher:
+            record.update((name, values[name]) for name in ("cross_entropy", "kl"))
         if values["skipped"]:
             record["batch"] = position = {key: value for key, value in position.items() if key != "fingerprint"}
         if evaluate:

@@ -1,7 +1,8 @@
 """The directory of a run: config.yaml (resolved), metrics.jsonl, checkpoints/, samples/ (of eval_tasks), and a lock against a second run.
 
-metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, and eval_loss and task/NAME where they
-were measured (step 0: these alone). Non-finite numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN.
+metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, with a teacher the cross_entropy and kl
+that the loss is mixed of, and eval_loss and task/NAME where they were measured (step 0: these alone). Non-finite numbers are written as null with the
+key `nonfinite` naming them, because JSON has no NaN.
 
 Of many processes the first alone locks and writes; for the others the same calls do nothing. All must see the same file system.
 """
