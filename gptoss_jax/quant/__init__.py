@@ -1,12 +1,13 @@
 """Differentiable quantization: fake quantization, gradient estimators, and the policy that says which weights it covers."""
 
-from gptoss_jax.quant.estimators import Estimator, Ste, get_estimator
+from gptoss_jax.quant.cells import Cells, cells_of
+from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_names, estimator_to_dict, get_estimator, register_estimator
 from gptoss_jax.quant.expert_quant import ExpertQuant, make_expert_quant, plain_cast
 from gptoss_jax.quant.fake_quant import fake_quant, fake_quant_with_codes
 from gptoss_jax.quant.gather import Gather
 from gptoss_jax.quant.policy import QuantPolicy, default_policy
 
 __all__ = [
-    "Estimator", "ExpertQuant", "Gather", "QuantPolicy", "Ste",
-    "default_policy", "fake_quant", "fake_quant_with_codes", "get_estimator", "make_expert_quant", "plain_cast",
+    "Cells", "Estimator", "ExpertQuant", "Gather", "QuantPolicy", "Ste", "cells_of", "default_policy", "estimator_from_dict", "estimator_names",
+    "estimator_to_dict", "fake_quant", "fake_quant_with_codes", "get_estimator", "make_expert_quant", "plain_cast", "register_estimator",
 ]  # fmt: skip

@@ -46,6 +46,6 @@ def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
         if fmt is None:
             return plain_cast(compute_dtype)(projection, stored, gather)
         with jax.named_scope(f"fake_quant_{projection}"):
-            return fake_quant_with_codes(stored, fmt, dtype=compute_dtype, gather=gather)
+            return fake_quant_with_codes(stored, fmt, policy.estimator, dtype=compute_dtype, gather=gather)
 
     return expert_quant

@@ -1,4 +1,5 @@
-"""Which parameters are quantized, and to what: ordered (pattern, format) rules over parameter names, shell-style as in `fnmatch`.
+"""Which parameters are quantized, and to what: ordered (pattern, format) rules over parameter names, shell-style as in `fnmatch`; and the gradient
+estimator that training passes through them with.
 
 The first rule that matches a name decides. A rule that decides for no parameter is an error, so a typing mistake cannot silently train
 an unquantized model. Default: the expert projections, and only those.
@@ -7,28 +8,31 @@ an unquantized model. Default: the expert projections, and only those.
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax.numpy as jnp
 
 from gptoss_jax.formats import Format, format_from_dict, get_format
+from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
 
 EXPERT_PROJECTIONS = "*.mlp.experts.*_proj"
 
 
 @dataclass(frozen=True)
 class QuantPolicy:
-    """Rules (pattern, format); formats may be given by name."""
+    """Rules (pattern, format) and the estimator; formats and estimator may be given by name."""
 
     rules: tuple[tuple[str, Format], ...]
+    estimator: Estimator = field(default_factory=Ste)
 
     def __post_init__(self):
         rules = tuple((pattern, get_format(fmt)) for pattern, fmt in self.rules)
         if not rules:
             raise ValueError("a quantization policy needs at least one rule; no quantization is policy None")
         object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "estimator", get_estimator(self.estimator))
 
     def format_of(self, name: str) -> Format | None:
         """Format of the first rule that matches the parameter name, None where none does."""
@@ -67,30 +71,34 @@ class QuantPolicy:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         size = {name: math.prod(leaf.shape) for name, leaf in params.items()}
         quantized, total = sum(size[name] for name in matched), sum(size.values())
+        if self.estimator != Ste():
+            lines.append(f"gradient estimator {self.estimator}")
         lines.append(f"{len(matched)} of {len(params)} arrays quantized: {quantized:,} of {total:,} parameters; the others stay as they are")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rules": [{"pattern": pattern, "format": fmt.to_dict()} for pattern, fmt in self.rules]}
+        rules = [{"pattern": pattern, "format": fmt.to_dict()} for pattern, fmt in self.rules]
+        return {"rules": rules, "estimator": estimator_to_dict(self.estimator)}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "QuantPolicy":
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`. Without an estimator it is the straight-through one.
 
         Raises:
           ValueError: unknown or missing key.
         """
-        if set(raw) != {"rules"}:
-            raise ValueError(f"a quantization policy has the key 'rules' alone, not {sorted(raw)}")
+        if set(raw) - {"estimator"} != {"rules"}:
+            raise ValueError(f"a quantization policy has the keys 'rules' and 'estimator', not {sorted(raw)}")
         for rule in raw["rules"]:
             if set(rule) != {"pattern", "format"}:
                 raise ValueError(f"a rule has the keys 'pattern' and 'format', not {sorted(rule)}")
-        return cls(tuple((rule["pattern"], format_from_dict(rule["format"])) for rule in raw["rules"]))
+        rules = tuple((rule["pattern"], format_from_dict(rule["format"])) for rule in raw["rules"])
+        return cls(rules, estimator_from_dict(raw.get("estimator", {"name": "ste"})))
 
 
-def default_policy(fmt: str | Format) -> QuantPolicy:
+def default_policy(fmt: str | Format, estimator: str | Estimator = "ste") -> QuantPolicy:
     """Only the expert projections; attention, router, biases, sinks, norms, embedding and head stay as they are."""
-    return QuantPolicy(((EXPERT_PROJECTIONS, get_format(fmt)),))
+    return QuantPolicy(((EXPERT_PROJECTIONS, get_format(fmt)),), get_estimator(estimator))
 
 
 def _check_encodable(name: str, leaf: Any, fmt: Format) -> None:

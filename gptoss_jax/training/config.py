@@ -10,10 +10,22 @@ import difflib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
+from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -111,9 +123,27 @@ class ScheduleConfig(Section):
     warmup_ratio: Ratio = 0.03
 
 
+def _estimator(value: Any) -> Estimator:
+    if isinstance(value, str | Estimator):
+        return get_estimator(value)
+    if isinstance(value, dict):
+        return estimator_from_dict(value)
+    raise ValueError("give a name, or {name: ..., hyperparameter: ...}")
+
+
+def _plain_estimator(estimator: Estimator) -> str | dict[str, Any]:
+    plain = estimator_to_dict(estimator)
+    return plain if len(plain) > 1 else estimator.name
+
+
+# how the gradient of the quantized weight passes to the master (quant/estimators): a name, or {name: dge, k: 5}
+QuantEstimator = Annotated[Any, BeforeValidator(_estimator), PlainSerializer(_plain_estimator)]
+
+
 class Mxfp4Quant(Section):
     format: Literal["mxfp4"]
     scale_rule: Literal["rceil", "floor", "even", "mse"] = "rceil"
+    estimator: QuantEstimator = Ste()
     # name patterns of the weights to quantize; None is the expert projections
     rules: tuple[str, ...] | None = None
 
@@ -121,6 +151,7 @@ class Mxfp4Quant(Section):
 class Nvfp4Quant(Section):
     format: Literal["nvfp4"]
     global_scale: Literal["pow2", "exact"] = "pow2"
+    estimator: QuantEstimator = Ste()
     rules: tuple[str, ...] | None = None
 
 

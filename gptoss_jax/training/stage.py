@@ -16,7 +16,8 @@ from gptoss_jax.data import BatchStream, Packed, Pipeline, System, load_tokenize
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
-from gptoss_jax.quant import QuantPolicy, default_policy, make_expert_quant
+from gptoss_jax.quant import QuantPolicy, make_expert_quant
+from gptoss_jax.quant.policy import EXPERT_PROJECTIONS
 from gptoss_jax.sharding import local_rows, make_mesh
 from gptoss_jax.sharding.distributed import check_same, is_first
 from gptoss_jax.training.config import DataConfig, TrainConfig
@@ -45,7 +46,8 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
         return None
     fmt = Mxfp4(scale_rule=train.quant.scale_rule) if train.quant.format == "mxfp4" else Nvfp4(global_scale=train.quant.global_scale)
     try:
-        policy = default_policy(fmt) if train.quant.rules is None else QuantPolicy(tuple((pattern, fmt) for pattern in train.quant.rules))
+        patterns = (EXPERT_PROJECTIONS,) if train.quant.rules is None else train.quant.rules
+        policy = QuantPolicy(tuple((pattern, fmt) for pattern in patterns), train.quant.estimator)
         policy.match(abstract_params(config))
         make_expert_quant(policy, jnp.dtype(train.compute_dtype))
     except ValueError as error:
