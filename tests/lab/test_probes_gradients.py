@@ -1,5 +1,7 @@
 """Gradient probes against what is known: gradients through fake_quant, formulas on small arrays, quadratic losses, exports."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.lab.probes import export_gap, probe_descent, probe_gradients, probe_routing, probe_smoothed
 from gptoss_jax.lab.probes.descent import AT_W
-from gptoss_jax.lab.probes.gradients import _Samples, estimator_gradients, named_quantizers
-from gptoss_jax.lab.probes.objective import Objective, as_quantize, rounded
-from gptoss_jax.quant import default_policy, fake_quant, make_expert_quant
+from gptoss_jax.lab.probes.gradients import Passes, _Samples, named_quantizers
+from gptoss_jax.lab.probes.objective import Objective, as_quantizer, label_of, rounded
+from gptoss_jax.lab.quantizer import FakeQuant, Unquantized
+from gptoss_jax.quant import default_policy, fake_quant, get_estimator, make_expert_quant
 from gptoss_jax.training.step import make_loss
 from tests.training.support import CONFIG, Batches, make_params, make_train
 
@@ -18,18 +21,36 @@ FMT = Mxfp4()
 ALL = (None, None, None)
 
 
-def damped(experts, key=None):
+@dataclass(frozen=True)
+class Damped(FakeQuant):
     """Forward of the format; gradient half of straight-through, and none in the first expert of every projection."""
-    def one(w):
-        mask = jnp.ones(w.shape[-3]).at[0].set(0)[:, None, None] / 2
-        return jax.lax.stop_gradient(fake_quant(w, FMT)) + mask * (w - jax.lax.stop_gradient(w))
 
-    return {name: one(w) for name, w in experts.items()}
+    def __call__(self, params, extra, key, step):
+        fixed = jax.lax.stop_gradient
+        mask = lambda w: jnp.ones(w.shape[-3]).at[0].set(0)[:, None, None] / 2
+        return {name: fixed(fake_quant(w, self.format)) + mask(w) * (w - fixed(w)) for name, w in params.items()}
+
+    def to_dict(self):
+        return {"name": "damped"}
 
 
-def shifted(experts, key=None):
-    """A forward of its own: the loss and the gradient are those of other weights."""
-    return {name: fake_quant(w, Nvfp4()) for name, w in experts.items()}
+@dataclass(frozen=True)
+class Shaken(FakeQuant):
+    """A random forward around the format's."""
+
+    def __call__(self, params, extra, key, step):
+        return {name: fake_quant(w, self.format) + 0.01 * jax.random.normal(key, w.shape) for name, w in params.items()}
+
+    def to_dict(self):
+        return {"name": "shaken"}
+
+
+class Other(FakeQuant):
+    """An estimator of another format: loss and gradient are those of other weights."""
+
+
+KEY = jax.random.key(3)
+DAMPED, SHAKEN, OTHER, IDENTITY = Damped.of(FMT), Shaken.of(FMT), Other.of(Nvfp4(), "ste"), Unquantized()
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +69,11 @@ def rows_at(rows, scope=ALL, **labels):
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def straight_through(objective, batch):
+    (_, grads), = Passes(objective, batch).estimated({"ste": as_quantizer(FMT)}, KEY).values()
+    return grads
+
+
 def the_row(rows, scope=ALL, **labels):
     (row,) = rows_at(rows, scope, **labels)
     return row
@@ -56,7 +82,7 @@ def the_row(rows, scope=ALL, **labels):
 def test_shared_forward_gives_the_gradient_through_fake_quant_in_the_layers(params, batches):
     """dL/dw_q, computed once outside, and the estimator's rule applied to it: the same as differentiating the quantized model of training."""
     objective = Objective(CONFIG, params)
-    (_, grads), = estimator_gradients(objective, batches[0], {"ste": as_quantize(FMT)}).values()
+    grads = straight_through(objective, batches[0])
     loss = make_loss(CONFIG, make_train(), make_expert_quant(default_policy(FMT), jnp.float32))
     weight = batches[0].loss_weights_BT.sum()
     expected = jax.jit(jax.grad(lambda experts: loss(experts, objective.others, batches[0], weight, 1)[0]))(objective.experts)
@@ -68,12 +94,12 @@ def test_distinct_forwards_get_their_own_pass_and_equal_ones_share_it(params, ba
     objective, seen = Objective(CONFIG, params), []
     gradient = objective.gradient
     monkeypatch.setattr(objective, "gradient", lambda weights, batch: seen.append(1) or gradient(weights, batch))
-    found = estimator_gradients(objective, batches[0], named_quantizers(FMT, ["ste", damped, shifted]))
-    assert len(seen) == 2 and found["ste"][0] == found["damped"][0] != found["shifted"][0]
+    found = Passes(objective, batches[0]).estimated(named_quantizers(FMT, ["ste", DAMPED, OTHER]), KEY)
+    assert len(seen) == 2 and found["ste"][0] == found["damped"][0] != found["fake_quant"][0]
 
 
 def test_rows_say_how_an_estimator_differs_from_straight_through(params, batches):
-    rows = probe_gradients(CONFIG, params, batches[:2], FMT, ["ste", damped])
+    rows = probe_gradients(CONFIG, params, batches[:2], FMT, ["ste", DAMPED])
     same = the_row(rows, estimator="ste", reference="quantized")
     assert same["cosine"] == pytest.approx(1, abs=1e-6) and same["norm_ratio"] == pytest.approx(1, abs=1e-6)
     assert same["bias2"] == 0 and same["loss"] == same["reference_loss"] and same["variance_batches"] > 0
@@ -111,13 +137,13 @@ def test_descent_along_the_true_gradient_realises_what_it_predicts(params, batch
     rms = np.sqrt(np.mean(np.concatenate([np.ravel(params[name]) for name in Objective(CONFIG, params).experts]) ** 2))
     assert full["step_absolute"] == pytest.approx(0.01 * rms, rel=1e-5)
     objective = Objective(CONFIG, params)
-    (_, grads), = estimator_gradients(objective, batches[0], {"ste": as_quantize(FMT)}).values()
+    grads = straight_through(objective, batches[0])
     size = np.sqrt(np.mean(np.concatenate([np.ravel(g) for g in grads.values()]) ** 2))
     row = the_row(rows, estimator="ste", step=0.05)
 
     def loss(factor):
         moved = {name: w + factor * rms / size * grads[name] for name, w in objective.experts.items()}
-        return float(objective.loss(rounded(as_quantize(FMT), moved), batches[0]))
+        return float(objective.loss(rounded(as_quantizer(FMT), moved), batches[0]))
 
     assert row["realised"] == pytest.approx(loss(-0.05) - loss(0.05), rel=1e-3)
     assert row["ratio"] == pytest.approx(row["realised"] / row["predicted"]) and row["forward"] == "quantized"
@@ -125,9 +151,8 @@ def test_descent_along_the_true_gradient_realises_what_it_predicts(params, batch
 
 def test_smoothed_slope_of_an_unquantized_model_is_the_gradients_own(params, batches):
     """With Q the identity the smoothed gradient is the gradient up to curvature: ratio 1 within its standard error."""
-    identity = lambda experts, key=None: experts
     # with ten times this radius a token or two changes experts, and the loss jumps
-    rows = probe_smoothed(CONFIG, params, batches[0], identity, [identity], radius=0.003, draws=4)
+    rows = probe_smoothed(CONFIG, params, batches[0], IDENTITY, [IDENTITY], radius=0.003, draws=4)
     row = the_row(rows, estimator=AT_W)
     assert row["ratio"] == pytest.approx(1, abs=0.01) and row["ratio_error"] < 0.01 and row["cosine_at_least"] == pytest.approx(1, abs=0.02)
     assert len(rows_at(rows, (1, None, None))) == 2
@@ -140,7 +165,7 @@ def test_smoothed_error_is_the_spread_over_draws(params, batches):
 
 
 def test_routing_of_equal_models_is_equal_and_of_rounded_ones_is_counted(params, batches):
-    rows = probe_routing(CONFIG, params, batches[0], lambda experts, key=None: experts)
+    rows = probe_routing(CONFIG, params, batches[0], IDENTITY)
     assert all(row["flipped"] == row["moved"] == row["weight_moved"] == row["hidden_error"] == 0 for row in rows[1:])
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[0]["top1_agreement"] == 1 and rows[0]["loss"] == rows[0]["quantized_loss"]
     rows = probe_routing(CONFIG, params, batches[0], FMT)
@@ -151,7 +176,7 @@ def test_routing_of_equal_models_is_equal_and_of_rounded_ones_is_counted(params,
     assert sum(last["load"]) == pytest.approx(1) and len(last["load"]) == CONFIG.num_local_experts
     objective = Objective(CONFIG, params)
     assert rows[0]["loss"] == pytest.approx(float(objective.loss(objective.experts, batches[0])), rel=1e-5)
-    assert rows[0]["quantized_loss"] == pytest.approx(float(objective.loss(rounded(as_quantize(FMT), objective.experts), batches[0])), rel=1e-5)
+    assert rows[0]["quantized_loss"] == pytest.approx(float(objective.loss(rounded(as_quantizer(FMT), objective.experts), batches[0])), rel=1e-5)
 
 
 @pytest.mark.parametrize("fmt", [FMT, Nvfp4()], ids=lambda fmt: fmt.name)
@@ -162,6 +187,21 @@ def test_exported_model_has_exactly_the_loss_of_the_fake_quantized_one(fmt, para
     assert found["masters_loss"] == pytest.approx(found["loss"], rel=0.05) and found["masters_loss"] != found["loss"]
 
 
+def test_random_forward_has_a_variance_between_seeds(params, batches):
+    """Every seed is a pass of its own; a deterministic estimator beside it has none."""
+    rows = probe_gradients(CONFIG, params, batches[:1], FMT, ["ste", SHAKEN], references=["quantized"], seeds=3)
+    quiet, random = the_row(rows, estimator="ste"), the_row(rows, estimator="shaken")
+    assert quiet["variance_seeds"] == 0 and quiet["bias2"] == 0 and random["variance_seeds"] > 0
+    assert quiet["variance_batches"] is None and random["batches"] == 1 and random["seeds"] == 3 and random["cosine"] < 0.9999
+    again = probe_gradients(CONFIG, params, batches[:1], FMT, ["ste", SHAKEN], references=["quantized"], seeds=3)
+    assert again == rows
+
+
+def test_labels_show_what_is_not_the_default():
+    assert label_of(as_quantizer(FMT, "ste")) == "ste" and label_of(DAMPED) == "damped"
+    assert label_of(as_quantizer(FMT, get_estimator("dge", k=3))) == "dge(k=3)"
+
+
 def test_unknown_names_are_refused(params, batches):
     with pytest.raises(ValueError, match="reference 'fp32'"):
         probe_gradients(CONFIG, params, batches, FMT, references=["fp32"])
@@ -169,3 +209,5 @@ def test_unknown_names_are_refused(params, batches):
         probe_gradients(CONFIG, params, batches, FMT, ["stee"])
     with pytest.raises(ValueError, match="two estimators"):
         probe_gradients(CONFIG, params, batches, FMT, ["ste", "ste"])
+    with pytest.raises(ValueError, match="is an estimator of a format"):
+        probe_gradients(CONFIG, params, batches, IDENTITY, ["ste"])

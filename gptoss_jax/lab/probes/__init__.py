@@ -12,12 +12,11 @@
 from gptoss_jax.lab.probes.deployed import export_gap
 from gptoss_jax.lab.probes.descent import probe_descent, probe_smoothed
 from gptoss_jax.lab.probes.gradients import probe_gradients
-from gptoss_jax.lab.probes.objective import FakeQuant
 from gptoss_jax.lab.probes.routing import probe_routing
 from gptoss_jax.lab.probes.rows import read_rows, write_rows
 from gptoss_jax.lab.probes.weights import probe_array, probe_weights
 
 __all__ = [
-    "FakeQuant", "export_gap", "probe_array", "probe_descent", "probe_gradients", "probe_routing", "probe_smoothed", "probe_weights", "read_rows",
+    "export_gap", "probe_array", "probe_descent", "probe_gradients", "probe_routing", "probe_smoothed", "probe_weights", "read_rows",
     "write_rows",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ import numpy as np
 from gptoss_jax.checkpoint import export_hf, load_params
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.formats import Format, get_format
-from gptoss_jax.lab.probes.objective import Objective, as_quantize, rounded
+from gptoss_jax.lab.probes.objective import Objective, as_quantizer, rounded
 from gptoss_jax.lab.probes.rows import Row, placed
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.quant import default_policy, make_expert_quant
@@ -37,7 +37,7 @@ def export_gap(config: GptOssConfig, params: Params, batch: Batch, fmt: Format |
     with tempfile.TemporaryDirectory() as folder:
         _, loaded = load_params(export_hf(Path(folder) / "model", config, params, format=fmt), jnp.float32)
     masters, exported = Objective(config, params, dtype), Objective(config, loaded, dtype)
-    weights = rounded(as_quantize(fmt), masters.experts)
+    weights = rounded(as_quantizer(fmt), masters.experts)
     stored = {name: value.astype(jnp.bfloat16).astype(jnp.float32) for name, value in masters.others.items()}
     deployed = Objective(config, {**stored, **weights}, dtype)
     bits = lambda value: np.asarray(value, np.float32).view(np.uint32)

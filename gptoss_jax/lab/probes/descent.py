@@ -33,9 +33,10 @@ from jax import Array
 
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.formats import Format
-from gptoss_jax.lab.probes.gradients import estimator_gradients, named_quantizers
-from gptoss_jax.lab.probes.objective import Experts, Objective, Quantize, as_quantize, combined, dot, rounded
+from gptoss_jax.lab.probes.gradients import Passes, named_quantizers
+from gptoss_jax.lab.probes.objective import Experts, Objective, as_quantizer, combined, dot, rounded
 from gptoss_jax.lab.probes.rows import Row, Scope, placed, scopes
+from gptoss_jax.lab.quantizer import Quantizer
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.quant import Estimator
 
@@ -47,21 +48,21 @@ def probe_descent(
     config: GptOssConfig,
     params: Params,
     batch: Batch,
-    fmt: Format | str | Quantize,
-    estimators: Sequence[str | Estimator | Quantize] = ("ste",),
+    fmt: Format | str | Quantizer,
+    estimators: Sequence[str | Estimator | Quantizer] = ("ste",),
     *,
     steps: Sequence[float] = STEPS,
-    key: Array | None = None,
+    seed: int = 0,
     dtype: Any = "float32",
     only: str = "*",
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Realised-descent ratios of all estimators and step sizes, all expert weights moving together. Arguments as in `probe_gradients`."""
     objective = Objective(config, params, dtype, only)
-    experts, hard, rms = objective.experts, as_quantize(fmt), _rms(objective.experts)
-    forwards = {"quantized": lambda weights: rounded(hard, weights, key), "full": lambda weights: weights}
+    experts, hard, rms = objective.experts, as_quantizer(fmt), _rms(objective.experts)
+    forwards = {"quantized": lambda weights: rounded(hard, weights), "full": lambda weights: weights}
     rows = []
-    for label, grads in _directions(objective, batch, fmt, estimators, key).items():
+    for label, grads in _directions(Passes(objective, batch), fmt, estimators, seed).items():
         report(f"descent along {label}")
         size = _rms(grads)
         for forward in ("full", "quantized") if label == AT_W else ("quantized",):
@@ -80,13 +81,12 @@ def probe_smoothed(
     config: GptOssConfig,
     params: Params,
     batch: Batch,
-    fmt: Format | str | Quantize,
-    estimators: Sequence[str | Estimator | Quantize] = ("ste",),
+    fmt: Format | str | Quantizer,
+    estimators: Sequence[str | Estimator | Quantizer] = ("ste",),
     *,
     radius: float = 0.1,
     draws: int = 32,
     seed: int = 0,
-    key: Array | None = None,
     dtype: Any = "float32",
     only: str = "*",
     report: Callable[[str], None] = lambda text: None,
@@ -103,16 +103,17 @@ def probe_smoothed(
     if draws < 2:
         raise ValueError(f"draws = {draws}: a standard error needs two")
     objective = Objective(config, params, dtype, only)
-    experts, hard, rms = objective.experts, as_quantize(fmt), _rms(objective.experts)
-    directions = _directions(objective, batch, fmt, estimators, key)
-    near = estimator_gradients(objective, batch, {"hard": hard}, key)["hard"][1]
+    experts, hard, rms = objective.experts, as_quantizer(fmt), _rms(objective.experts)
+    passes = Passes(objective, batch)
+    near = passes.at(rounded(hard, experts))[1]
+    directions = _directions(passes, fmt, estimators, seed)
     known = {label: _per_layer(config, dot(near, grads)) for label, grads in directions.items()}
     slopes: dict[str, list[dict[Scope, float]]] = {label: [] for label in directions}
     changes = []
     for draw in range(draws):
         report(f"smoothed loss, draw {draw + 1} of {draws}")
         u = _normal(experts, jax.random.fold_in(jax.random.key(seed), draw))
-        plus, minus = (objective.loss(rounded(hard, combined(experts, u, sign * radius * rms), key), batch) for sign in (1, -1))
+        plus, minus = (objective.loss(rounded(hard, combined(experts, u, sign * radius * rms)), batch) for sign in (1, -1))
         change = (float(plus) - float(minus)) / (2 * radius * rms)
         rest = change - _total(dot(near, u))
         changes.append(change)
@@ -133,12 +134,10 @@ def probe_smoothed(
     return rows
 
 
-def _directions(
-    objective: Objective, batch: Batch, fmt: Format | str | Quantize, estimators: Sequence[Any], key: Array | None
-) -> dict[str, Experts]:
+def _directions(passes: Passes, fmt: Format | str | Quantizer, estimators: Sequence[Any], seed: int) -> dict[str, Experts]:
     """The gradient of the unquantized model, then those of the estimators."""
-    found = estimator_gradients(objective, batch, named_quantizers(fmt, estimators), key)
-    return {AT_W: objective.gradient(objective.experts, batch)[1], **{label: grads for label, (_, grads) in found.items()}}
+    found = {AT_W: passes.at(passes.objective.experts), **passes.estimated(named_quantizers(fmt, estimators), jax.random.key(seed))}
+    return {label: grads for label, (_, grads) in found.items()}
 
 
 @jax.jit

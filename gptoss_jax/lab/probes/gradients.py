@@ -1,6 +1,6 @@
 """How far the gradients of estimators are from reference gradients: direction, size, bias and variance, for every layer and expert.
 
-Samples are batches b = 1..B, and for a format that rounds at random also seeds s = 1..S. With g_b the gradient of an estimator on batch b (its mean
+Samples are batches b = 1..B, and where rounding is random also seeds s = 1..S. With g_b the gradient of an estimator on batch b (its mean
 over the seeds), r_b a reference on the same batch, m and r their means over the batches, d_b = g_b - r_b:
 
     cosine            <m, r> / |m| |r|
@@ -12,8 +12,8 @@ over the seeds), r_b a reference on the same batch, m and r their means over the
     reference_norm    |r|
     loss, reference_loss   mean loss of the weights that the gradient was taken at; in the rows of the whole model
 
-References: "full", the gradient at the stored weights w in a forward pass without quantization; "quantized", the gradient at the rounded weights w_q,
-which is what the straight-through estimator uses.
+References: "full", the gradient at the stored weights w in a forward pass without quantization; "quantized", the gradient at the deployed weights
+(rounded to nearest), which is what the straight-through estimator uses.
 
 Estimators with the same forward weights share one forward and one backward pass: dL/dw_q is computed once, and each estimator's rule is applied to
 it. Memory: about (4 + 4 * estimators + references) times the expert weights in float32; for large models look at one projection with `only`.
@@ -33,9 +33,9 @@ from gptoss_jax.formats import Format
 from gptoss_jax.lab.probes.objective import (
     Experts,
     Objective,
-    Quantize,
-    as_quantize,
+    as_quantizer,
     combined,
+    computed,
     dot,
     label_of,
     pulled_back,
@@ -43,6 +43,7 @@ from gptoss_jax.lab.probes.objective import (
     same,
 )
 from gptoss_jax.lab.probes.rows import Row, placed, scopes
+from gptoss_jax.lab.quantizer import Quantizer
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.quant import Estimator
 
@@ -50,36 +51,45 @@ REFERENCES = ("full", "quantized")
 Sums = dict[str, np.ndarray]
 
 
-def named_quantizers(fmt: Format | str | Quantize, estimators: Sequence[str | Estimator | Quantize]) -> dict[str, Quantize]:
-    """Label -> quantizer with that estimator's gradient. An entry that is no estimator is taken for a differentiable quantizer of its own.
+class Passes:
+    """Loss and gradient at sets of expert weights on one batch, each distinct set once."""
+
+    def __init__(self, objective: Objective, batch: Batch, known: Sequence[tuple[Experts, float, Experts]] = ()):
+        self.objective, self.batch, self.known = objective, batch, list(known)
+
+    def at(self, weights: Experts) -> tuple[float, Experts]:
+        """(loss, gradient of these weights)."""
+        found = next((entry for entry in self.known if same(entry[0], weights)), None)
+        if found is None:
+            loss, grads = self.objective.gradient(weights, self.batch)
+            found = (weights, float(loss), grads)
+            self.known.append(found)
+        return found[1:]
+
+    def estimated(self, quantizers: Mapping[str, Quantizer], key: Array) -> dict[str, tuple[float, Experts]]:
+        """Label -> (loss of the weights computed with, gradient of the stored weights)."""
+        made = {}
+        for label, quantizer in quantizers.items():
+            loss, grads = self.at(computed(quantizer, self.objective.experts, key))
+            made[label] = loss, pulled_back(quantizer, self.objective.experts, key, grads)
+        return made
+
+
+def named_quantizers(fmt: Format | str | Quantizer, estimators: Sequence[str | Estimator | Quantizer]) -> dict[str, Quantizer]:
+    """Label -> quantizer: the format with each estimator. An entry that is a quantizer stands for itself.
 
     Raises:
-      ValueError: unknown name; two with one label.
+      ValueError: unknown name; two with one label; estimators, but no format.
     """
     found = {}
     for entry in estimators:
-        own = callable(entry) and not isinstance(entry, str | Estimator)
-        quantize = entry if own else as_quantize(fmt, entry)
-        if label_of(quantize) in found:
-            raise ValueError(f"two estimators are called {label_of(quantize)!r}")
-        found[label_of(quantize)] = quantize
-    return found
-
-
-def estimator_gradients(
-    objective: Objective, batch: Batch, quantizers: Mapping[str, Quantize], key: Array | None = None
-) -> dict[str, tuple[float, Experts]]:
-    """Label -> (loss of its compute weights, gradient of the stored weights). One pass through the model for each distinct set of compute weights."""
-    experts, found = objective.experts, {}
-    known: list[tuple[Experts, float, Experts]] = []
-    for label, quantize in quantizers.items():
-        weights = rounded(quantize, experts, key)
-        at = next((entry for entry in known if same(entry[0], weights)), None)
-        if at is None:
-            loss, grads = objective.gradient(weights, batch)
-            at = (weights, float(loss), grads)
-            known.append(at)
-        found[label] = at[1], pulled_back(quantize, experts, key, at[2])
+        own = isinstance(entry, Quantizer)
+        if not own and isinstance(fmt, Quantizer):
+            raise ValueError(f"{entry} is an estimator of a format, but a quantizer is given: give quantizers, with their gradients")
+        quantizer = entry if own else as_quantizer(fmt, entry)
+        if label_of(quantizer) in found:
+            raise ValueError(f"two estimators are called {label_of(quantizer)!r}")
+        found[label_of(quantizer)] = quantizer
     return found
 
 
@@ -87,12 +97,12 @@ def probe_gradients(
     config: GptOssConfig,
     params: Params,
     batches: Sequence[Batch],
-    fmt: Format | str | Quantize,
-    estimators: Sequence[str | Estimator | Quantize] = ("ste",),
+    fmt: Format | str | Quantizer,
+    estimators: Sequence[str | Estimator | Quantizer] = ("ste",),
     *,
     references: Sequence[str] = REFERENCES,
     seeds: int = 1,
-    key: Array | None = None,
+    seed: int = 0,
     dtype: Any = "float32",
     only: str = "*",
     report: Callable[[str], None] = lambda text: None,
@@ -102,10 +112,10 @@ def probe_gradients(
     Args:
       params: master weights.
       batches: of equal weight; two or more for bias and variance.
-      fmt: a format, its name, or a differentiable quantizer.
-      estimators: names or objects.
-      seeds: roundings of every batch, for a stochastic format.
-      key: of a stochastic format; every batch and seed gets its own.
+      fmt: a format, its name, or a quantizer, whose deployed weights are the reference "quantized".
+      estimators: names or objects; quantizers too.
+      seeds: draws for every batch, where rounding or the quantizer is random.
+      seed: of their keys.
       only: pattern of the expert projections that are looked at; the others stay as they are.
 
     Raises:
@@ -116,21 +126,18 @@ def probe_gradients(
     if not batches or seeds < 1:
         raise ValueError(f"{len(batches)} batches and {seeds} seeds: at least one of each is needed")
     objective, quantizers = Objective(config, params, dtype, only), named_quantizers(fmt, estimators)
-    hard = "\0quantized"  # no estimator has this label
+    at_reference = {"full": objective.experts, "quantized": rounded(as_quantizer(fmt), objective.experts)}
     samples = {label: _Samples(seeds) for label in quantizers}
     samples |= {(label, reference): _Samples(seeds) for label in quantizers for reference in references}
     referred = {reference: _Samples(1) for reference in references}
     for number, batch in enumerate(batches, 1):
         report(f"gradients of batch {number} of {len(batches)}")
-        keys = [None] * seeds if key is None else jax.random.split(jax.random.fold_in(key, number), seeds)
-        drawn = [estimator_gradients(objective, batch, {hard: as_quantize(fmt), **quantizers}, k) for k in keys]
-        at = {}
-        if "full" in references:
-            at["full"] = objective.gradient(objective.experts, batch)
-        if "quantized" in references:
-            at["quantized"] = sum(d[hard][0] for d in drawn) / seeds, _mean([d[hard][1] for d in drawn])
+        passes = Passes(objective, batch)
+        at = {reference: passes.at(at_reference[reference]) for reference in references}
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), seeds)
+        drawn = [Passes(objective, batch, passes.known).estimated(quantizers, key) for key in keys]
         for reference, (loss, grads) in at.items():
-            referred[reference].add([grads], [float(loss)])
+            referred[reference].add([grads], [loss])
         for label in quantizers:
             grads, losses = [d[label][1] for d in drawn], [d[label][0] for d in drawn]
             samples[label].add(grads, losses)

@@ -1,4 +1,4 @@
-"""What the gradient probes share: the loss as a function of the expert weights, and quantizers as differentiable functions of them.
+"""What the gradient probes share: the loss as a function of the expert weights, and what quantizers make of them.
 
 One compiled loss and one compiled gradient serve every set of expert weights: unquantized, rounded, moved along a direction. A probe prepares weights
 outside and passes them in, so two losses differ only where the weights do.
@@ -7,9 +7,8 @@ Legend: L stacked layers  E experts
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any
@@ -21,50 +20,35 @@ from jaxtyping import Array, Float
 from gptoss_jax.checkpoint.hf_layout import pieces_of
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.errors import UsageError
-from gptoss_jax.formats import Format, get_format
+from gptoss_jax.formats import Format
+from gptoss_jax.lab.quantizer import FakeQuant, Quantizer
+from gptoss_jax.lab.trainer import cross_entropy
 from gptoss_jax.model import GptOssConfig, Params
-from gptoss_jax.quant import Estimator, fake_quant, get_estimator, plain_cast
+from gptoss_jax.quant import Estimator
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.config import TrainConfig
-from gptoss_jax.training.step import make_loss
 
 Experts = dict[str, Array]
-# (stored expert weights, random key or None) -> the weights to compute with. Differentiable and hashable; the gradient is the estimator's
-Quantize = Callable[[Experts, Array | None], Experts]
 
 
-@dataclass(frozen=True)
-class FakeQuant:
-    """A format with a gradient estimator, as a `Quantize`. A stochastic format draws independent bits for every parameter from the key."""
-
-    fmt: Format
-    estimator: Estimator
-
-    @property
-    def label(self) -> str:
-        """Name of the estimator with the hyperparameters that are not its defaults."""
-        fields = [(f.name, getattr(self.estimator, f.name), f.default) for f in dataclasses.fields(self.estimator)]
-        changed = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value, usual in fields if value != usual)
-        return f"{self.estimator.name}({changed})" if changed else self.estimator.name
-
-    def __call__(self, experts: Experts, key: Array | None = None) -> Experts:
-        if not getattr(self.fmt, "stochastic", False):
-            return {name: fake_quant(w, self.fmt, self.estimator) for name, w in experts.items()}
-        if key is None:
-            raise ValueError(f"{self.fmt} rounds at random: give a key")
-        keys = jax.random.split(key, len(experts))
-        return {name: fake_quant(w, self.fmt, self.estimator, key=k) for (name, w), k in zip(sorted(experts.items()), keys)}
-
-
-def as_quantize(fmt: Format | str | Quantize, estimator: Estimator | str = "ste") -> Quantize:
+def as_quantizer(fmt: Format | str | Quantizer, estimator: Estimator | str = "ste") -> Quantizer:
     """The quantizer of a format or of its name; a quantizer itself."""
-    if isinstance(fmt, str | Format):
-        return FakeQuant(get_format(fmt), get_estimator(estimator))
-    return fmt
+    return FakeQuant.of(fmt, estimator) if isinstance(fmt, str | Format) else fmt
 
 
-def label_of(quantize: Quantize) -> str:
-    return getattr(quantize, "label", None) or getattr(quantize, "__name__", type(quantize).__name__)
+def label_of(quantizer: Quantizer) -> str:
+    """Name of the estimator, or of another quantizer, with the options that are not its defaults."""
+    if type(quantizer) is FakeQuant:
+        return _label(quantizer.estimator.name, quantizer.estimator)
+    return _label(quantizer.to_dict().get("name", type(quantizer).__name__), quantizer)
+
+
+def _label(name: str, value: Any) -> str:
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    optional = [f for f in fields if f.default is not dataclasses.MISSING]
+    options = {f.name: getattr(value, f.name) for f in optional if getattr(value, f.name) != f.default}
+    shown = ", ".join(f"{key}={option:g}" if isinstance(option, float) else f"{key}={option}" for key, option in options.items())
+    return f"{name}({shown})" if shown else name
 
 
 def split_experts(params: Params, only: str = "*") -> tuple[Experts, Experts]:
@@ -104,26 +88,32 @@ class Objective:
 @lru_cache(maxsize=8)
 def _programs(config: GptOssConfig, dtype: str):
     """Compiled (loss, loss with gradient) of (experts, other parameters, batch)."""
-    share = make_loss(config, TrainConfig(compute_dtype=dtype, remat="products"), plain_cast(jnp.dtype(dtype)))
+    share = cross_entropy(config, TrainConfig(compute_dtype=dtype, remat="products"))
 
     def loss(experts, others, batch):
         with jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext():
-            weight = jnp.sum(batch.loss_weights_BT)
-            return share(experts, others, batch, jnp.where(weight > 0, weight, 1.0), 1)[0]
+            return share({**experts, **others}, batch, None)[0]
 
     return jax.jit(loss), jax.jit(jax.value_and_grad(loss))
 
 
 @partial(jax.jit, static_argnums=0)
-def rounded(quantize: Quantize, experts: Experts, key: Array | None = None) -> Experts:
-    """The weights to compute with."""
-    return quantize(experts, key)
+def rounded(quantizer: Quantizer, experts: Experts) -> Experts:
+    """The weights as deployed."""
+    return quantizer.round(experts, quantizer.init(experts))
 
 
 @partial(jax.jit, static_argnums=0)
-def pulled_back(quantize: Quantize, experts: Experts, key: Array | None, grads: Experts) -> Experts:
-    """The estimator's gradient of the stored weights from that of the weights computed with."""
-    return jax.vjp(lambda stored: quantize(stored, key), experts)[1](grads)[0]
+def computed(quantizer: Quantizer, experts: Experts, key: Array) -> Experts:
+    """The weights that training computes with, at its first step."""
+    return quantizer(experts, quantizer.init(experts), key, jnp.int32(0))
+
+
+@partial(jax.jit, static_argnums=0)
+def pulled_back(quantizer: Quantizer, experts: Experts, key: Array, grads: Experts) -> Experts:
+    """The estimator's gradient of the stored weights from that of the weights computed with; the quantizer's own arrays stay as they are."""
+    extra = quantizer.init(experts)
+    return jax.vjp(lambda stored: quantizer(stored, extra, key, jnp.int32(0)), experts)[1](grads)[0]
 
 
 @jax.jit

@@ -33,21 +33,22 @@ from gptoss_jax.data.packing import Batch
 from gptoss_jax.evaluation.compare import distances
 from gptoss_jax.evaluation.layerwise import layer_context, layer_module, layer_params
 from gptoss_jax.formats import Format
-from gptoss_jax.lab.probes.objective import Quantize, as_quantize, rounded, split_experts
+from gptoss_jax.lab.probes.objective import as_quantizer, rounded, split_experts
 from gptoss_jax.lab.probes.rows import Row, placed
+from gptoss_jax.lab.quantizer import Quantizer
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.ops.embedding import embedding
 from gptoss_jax.quant import ExpertQuant, plain_cast
 
 
 def probe_routing(
-    config: GptOssConfig, params: Params, batch: Batch, fmt: Format | str | Quantize, *, key: Array | None = None, dtype: Any = "float32"
+    config: GptOssConfig, params: Params, batch: Batch, fmt: Format | str | Quantizer, *, dtype: Any = "float32"
 ) -> list[Row]:
     """A row for the whole model and one for every layer. Columns: see the head of this file."""
     dtype = jnp.dtype(dtype)
     cast = plain_cast(dtype)
     experts, others = split_experts(params)
-    quantized = {**others, **rounded(as_quantize(fmt), experts, key)}
+    quantized = {**others, **rounded(as_quantizer(fmt), experts)}
     with jax.default_matmul_precision("highest") if dtype == jnp.float32 else nullcontext():
         layers, ends = [], None
         for full, other in zip(_layers(config, params, batch, dtype, cast), _layers(config, quantized, batch, dtype, cast)):

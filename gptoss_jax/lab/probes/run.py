@@ -86,7 +86,7 @@ def run_probes(
     fmt: Format,
     estimators: Sequence[str | Estimator],
     data: str | Path | None,
-    settings: ProbeSettings = ProbeSettings(),  # noqa: B008 (frozen)
+    settings: ProbeSettings = ProbeSettings(),
     report: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """Rows by probe. Without data, only the statistics of the weights."""
@@ -102,17 +102,17 @@ def run_probes(
     loaded = load_model(model, jnp.float32)
     batches = load_batches(data, load_tokenizer(loaded.directory), settings.batches, settings.rows, settings.row_length, settings.seed)
     at = (loaded.config, loaded.params)
-    options = dict(key=key, dtype=settings.dtype, only=settings.only, report=report)
+    options = dict(seed=settings.seed, dtype=settings.dtype, only=settings.only, report=report)
     if "gradients" in settings.probes:
         found["gradients"] = probe_gradients(*at, batches, fmt, estimators, seeds=settings.seeds if stochastic else 1, **options)
     if "descent" in settings.probes:
         found["descent"] = probe_descent(*at, batches[0], fmt, estimators, steps=settings.steps, **options)
     if "smoothed" in settings.probes:
-        smoothing = dict(radius=settings.radius, draws=settings.draws, seed=settings.seed)
+        smoothing = dict(radius=settings.radius, draws=settings.draws)
         found["smoothed"] = probe_smoothed(*at, batches[0], fmt, estimators, **smoothing, **options)
     if "routing" in settings.probes:
         report("routing")
-        found["routing"] = probe_routing(*at, batches[0], fmt, key=key, dtype=settings.dtype)
+        found["routing"] = probe_routing(*at, batches[0], fmt, dtype=settings.dtype)
     if "export" in settings.probes and not stochastic:
         report("exporting")
         found["export"] = [export_gap(*at, batches[0], fmt, dtype=settings.dtype)]

@@ -29,8 +29,8 @@ def sentences(found: Mapping[str, Sequence[Row]]) -> list[str]:
     if "routing" in found:
         row = found["routing"][0]
         lines.append(
-            f"Loss {_number(row['loss'])}, rounded {_number(row['quantized_loss'])}; KL to the unrounded model {_number(row['kl'], '.3g')} nats per token, "
-            f"same most probable token at {_number(row['top1_agreement'], '.2%')}."
+            f"Loss {_number(row['loss'])}, rounded {_number(row['quantized_loss'])}; KL to the unrounded model {_number(row['kl'], '.3g')} nats "
+            f"per token, same most probable token at {_number(row['top1_agreement'], '.2%')}."
         )
     for row in found.get("export", ()):
         lines.append(

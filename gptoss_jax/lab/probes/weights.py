@@ -34,12 +34,13 @@ from jax import Array
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.formats.bits import split_blocks, to_bits
 from gptoss_jax.lab.probes.rows import Row, placed
+from gptoss_jax.quant import fake_quant
+from gptoss_jax.quant.cells import cells_of
 from gptoss_jax.training.diagnose.weights import expert_slices
 
 CELL_BINS = 20
 NEAR_EDGE = 0.05
 _COUNTS = ("weights", "clipped", "zero", "tie", "near_edge", "changed")
-_MOST_COMPARED = 16  # magnitudes up to which comparing with each is faster than a binary search
 
 
 def probe_weights(
@@ -89,45 +90,27 @@ def _sums(x: Array, fmt: Format, key: Array | None) -> Sums:
 
 @partial(jax.jit, static_argnums=1)
 def _count(x, fmt: Format, key) -> dict[str, Array]:
-    q = fmt.encode(x) if key is None else fmt.encode(x, key=key)
-    elements, scale = fmt.parts(q)
-    x_CQ = split_blocks(x.astype(jnp.float32), fmt.block_size)
-    magnitude, error = jnp.abs(x_CQ), split_blocks(fmt.decode(q, jnp.float32), fmt.block_size) - x_CQ
-    grid = np.asarray(fmt.magnitudes, np.float32)
-    index, code = _index_below(magnitude, scale, grid), _index_of(jnp.abs(elements), grid)
-    below, above = jnp.asarray(grid)[index], jnp.asarray(grid)[jnp.minimum(index + 1, len(grid) - 1)]
-    inside = (index < len(grid) - 1) & (scale > 0)
-    # neighbours of the grid have equal spacing or a factor of two between them: the midpoint has one more significant bit than they
-    cell = (magnitude / jnp.where(scale > 0, scale, 1) - below) / jnp.where(inside, above - below, 1)
-    bins = jnp.where(inside, jnp.clip((cell * CELL_BINS).astype(jnp.int32), 0, CELL_BINS - 1), CELL_BINS)
-    exponents = (to_bits(scale) >> 23) & 0xFF
+    cells, grid = cells_of(x, fmt, key), np.asarray(fmt.magnitudes, np.float32)
+    blocks = lambda values: split_blocks(values.astype(jnp.float32), fmt.block_size)
+    size, error = jnp.abs(blocks(x)), blocks(fake_quant(x, fmt, dtype=jnp.float32, key=key)) - blocks(x)
+    within = cells.magnitude < grid[-1]
+    position = (cells.magnitude - cells.lower) / cells.width
+    bins = jnp.where(within, jnp.clip((position * CELL_BINS).astype(jnp.int32), 0, CELL_BINS - 1), CELL_BINS)
+    code = jnp.searchsorted(jnp.asarray(grid), jnp.abs(cells.q)) + jnp.where(jnp.signbit(cells.q), len(grid), 0)
     rows = lambda values: jnp.sum(values.astype(jnp.float32), axis=(-2, -1))
     return {
-        "weight2": rows(magnitude * magnitude),
+        "weight2": rows(size * size),
         "error2": rows(error * error),
-        "clipped": rows(magnitude > grid[-1] * scale),
-        "zero": rows(elements == 0),
-        "tie": rows(inside & (magnitude == 0.5 * (below + above) * scale) & (magnitude > 0)),
-        "near_edge": rows(inside & (jnp.abs(cell - 0.5) < NEAR_EDGE)),
+        "clipped": rows(~cells.inside),
+        "zero": rows(cells.q == 0),
+        # a product with the scale is exact where the quotient is not
+        "tie": rows(within & (size == cells.middle * cells.scale) & (size > 0)),
+        "near_edge": rows(within & (jnp.abs(position - 0.5) < NEAR_EDGE)),
         "changed": rows(error != 0),
-        "codes": _histogram(code + jnp.where(jnp.signbit(elements), len(grid), 0), 2 * len(grid)),
+        "codes": _histogram(code, 2 * len(grid)),
         "cell": _histogram(bins, CELL_BINS + 1)[:CELL_BINS],
-        "exponents": _histogram(exponents, 256),
+        "exponents": _histogram((to_bits(cells.scale) >> 23) & 0xFF, 256),
     }
-
-
-def _index_below(magnitude: Array, scale: Array, grid: np.ndarray) -> Array:
-    """Index of the largest grid value with grid * scale <= magnitude."""
-    if len(grid) <= _MOST_COMPARED:
-        return sum((magnitude >= g * scale).astype(jnp.int32) for g in grid[1:])
-    return jnp.searchsorted(jnp.asarray(grid), magnitude / jnp.where(scale > 0, scale, 1), side="right").astype(jnp.int32) - 1
-
-
-def _index_of(values: Array, grid: np.ndarray) -> Array:
-    """Index of grid values."""
-    if len(grid) <= _MOST_COMPARED:
-        return sum((values >= g).astype(jnp.int32) for g in grid[1:])
-    return jnp.searchsorted(jnp.asarray(grid), values).astype(jnp.int32)
 
 
 def _histogram(values: Array, size: int) -> Array:
