@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 EXP_SHIFT = 23  # float32 mantissa bits
 MIN_NORMAL = 1 << EXP_SHIFT  # bits of 2**-126, the smallest normal float32
 INF = 0xFF << EXP_SHIFT  # bits of +inf; larger magnitudes are NaN
+BLOCK_SIZES = (16, 32, 64)  # that the codecs compute with; what files hold is narrower
 
 
 def to_bits(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
@@ -54,6 +55,12 @@ def normalized(mag: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
     """
     as_float = lax.bitcast_convert_type(jnp.maximum(mag, 1).astype(jnp.float32), jnp.int32)
     return jnp.where(mag < MIN_NORMAL, as_float - (149 << EXP_SHIFT), mag)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError for a block size that the integer sums of the scale rules were not made for."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"unknown block size {block_size!r}; known are {', '.join(map(str, BLOCK_SIZES))}")
 
 
 def split_blocks(x: Array, block_size: int) -> Array:

@@ -30,11 +30,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt8, UInt32
 
 from gptoss_jax.formats import bits as fb
+from gptoss_jax.formats.bits import check_block_size
 from gptoss_jax.formats.block_grid import nearest_index, nearest_value_bits, value_bits
+from gptoss_jax.formats.element_round import check_element_round, checked_key, rounded_index
+from gptoss_jax.formats.minifloat import E2M1, e2m1_value
+from gptoss_jax.formats.noise import Key
+from gptoss_jax.formats.parts import Parts
 from gptoss_jax.formats.scale_rules import SCALE_RULES, scaled_bits
 
 BLOCK_SIZE = 32
 NAN_SCALE = 255
+_NAN_BITS = 0x7FC00000
 
 # Bits of the midpoints between neighbouring E2M1 magnitudes.
 _MIDPOINTS = (0x3E800000, 0x3F400000, 0x3FA00000, 0x3FE00000, 0x40200000, 0x40600000, 0x40A00000)
@@ -47,68 +53,115 @@ class Codes(NamedTuple):
     scales: UInt8[Array, "*batch C"]  # E8M0, C = n/32
 
 
-def check_options(scale_rule: str, compat: str | None) -> None:
+class Options(NamedTuple):
+    """What `encode` can be told.
+
+    scale_rule: a name of `SCALE_RULES`. compat: "modelopt" for the bytes of NVIDIA's converter, see above. element_round: a name of
+    `ELEMENT_ROUNDS`. block_size: 32 in every file; 16 and 64 for research.
+    """
+
+    scale_rule: str = "rceil"
+    compat: str | None = None
+    element_round: str = "rne"
+    block_size: int = BLOCK_SIZE
+
+
+def check_options(options: Options) -> None:
     """Raises ValueError unless `encode` can do this."""
+    scale_rule, compat, element_round, block_size = options
     if scale_rule not in SCALE_RULES:
         raise ValueError(f"unknown scale rule {scale_rule!r}; known are {', '.join(SCALE_RULES)}")
     if compat not in (None, "modelopt"):
         raise ValueError(f"unknown compat {compat!r}; known is 'modelopt'")
     if compat == "modelopt" and scale_rule != "rceil":
         raise ValueError(f"compat 'modelopt' has scale rule 'rceil', not {scale_rule!r}")
+    check_element_round(element_round)
+    if compat == "modelopt" and element_round != "rne":
+        raise ValueError(f"compat 'modelopt' rounds ties toward zero: no element rounding {element_round!r} beside it")
+    check_block_size(block_size)
 
 
-def encode(x: Float[Array | np.ndarray, "*batch n"], scale_rule: str = "rceil", compat: str | None = None) -> Codes:
-    """Encodes float32 or bfloat16 along the last dim, whose width must be a multiple of 32.
+def encode(
+    x: Float[Array | np.ndarray, "*batch n"],
+    scale_rule: str = "rceil",
+    compat: str | None = None,
+    *,
+    element_round: str = "rne",
+    block_size: int = BLOCK_SIZE,
+    key: Key | None = None,
+) -> Codes:
+    """Encodes float32 or bfloat16 along the last dim, whose width must be a multiple of the block size.
 
     Args:
       scale_rule: a name of `SCALE_RULES`.
       compat: "modelopt" for the bytes of NVIDIA's converter, see above.
+      element_round: a name of `ELEMENT_ROUNDS`.
+      block_size: 32 in every file; 16 and 64 for research.
+      key: for stochastic rounding, and for nothing else; shape [*lead, 2] as in `noise`.
 
     Raises:
-      TypeError: another dtype.
+      TypeError: another dtype; a key missing, not wanted, or none.
       ValueError: bad width, unknown rule or compat name.
     """
-    check_options(scale_rule, compat)
-    return _encode(fb.as_input(x), scale_rule, compat)
+    options = Options(scale_rule, compat, element_round, block_size)
+    check_options(options)
+    return _encode(fb.as_input(x), checked_key(element_round, key), options)
 
 
-def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
+def decode(q: Codes, dtype=jnp.bfloat16, block_size: int = BLOCK_SIZE) -> Float[Array, "*batch n"]:
     """Values of the codes. Exact in float32 and bfloat16; any other dtype is a conversion of the float32 values.
 
     Raises:
       TypeError: packed or scales are not uint8.
       ValueError: their shapes do not belong together.
     """
-    if q.packed.shape != (*q.scales.shape[:-1], q.scales.shape[-1] * BLOCK_SIZE // 2):
-        raise ValueError(f"packed {tuple(q.packed.shape)} and scales {tuple(q.scales.shape)} are not one MXFP4 array (16 bytes per scale)")
+    _check_codes(q, block_size)
+    return _decode(q, jnp.dtype(dtype), block_size)
+
+
+def encode_decode(
+    x: Float[Array | np.ndarray, "*batch n"], options: Options, dtype, key: Key | None = None
+) -> tuple[Float[Array, "*batch n"], Codes]:
+    """(decode(q, dtype), q) with q = encode(x), bit for bit, but not unpacking what was just packed. For fake quantization."""
+    check_options(options)
+    return _encode_decode(fb.as_input(x), checked_key(options.element_round, key), options, jnp.dtype(dtype))
+
+
+def parts(q: Codes, block_size: int = BLOCK_SIZE) -> Parts:
+    """Elements and scales as float32; raises as `decode` does."""
+    _check_codes(q, block_size)
+    scales = q.scales[..., None].astype(jnp.int32)
+    scale_bits = jnp.where(scales == 0, fb.MIN_NORMAL >> 1, scales << fb.EXP_SHIFT)  # 2**-127 is subnormal
+    scale = fb.from_bits(jnp.where(scales == NAN_SCALE, _NAN_BITS, scale_bits))
+    return Parts(e2m1_value(fb.split_blocks(fb.unpack(q.packed), block_size)), scale)
+
+
+def _check_codes(q: Codes, block_size: int) -> None:
+    if q.packed.shape != (*q.scales.shape[:-1], q.scales.shape[-1] * block_size // 2):
+        raise ValueError(
+            f"packed {tuple(q.packed.shape)} and scales {tuple(q.scales.shape)} are not one MXFP4 array ({block_size // 2} bytes per scale)"
+        )
     for array in q:
         if array.dtype != jnp.uint8:
             raise TypeError(f"packed codes and E8M0 scales must be uint8, not {array.dtype}")
-    return _decode(q, jnp.dtype(dtype))
 
 
-def encode_decode(x: Float[Array | np.ndarray, "*batch n"], scale_rule: str, compat: str | None, dtype) -> tuple[Float[Array, "*batch n"], Codes]:
-    """(decode(q, dtype), q) with q = encode(x), bit for bit, but not unpacking what was just packed. For fake quantization."""
-    check_options(scale_rule, compat)
-    return _encode_decode(fb.as_input(x), scale_rule, compat, jnp.dtype(dtype))
+@partial(jax.jit, static_argnums=2)
+def _encode(x, key, options):
+    blocks = _scaled_blocks(x, options)
+    return Codes(fb.pack(fb.join_blocks(_codes(blocks, options, key))), blocks.scales)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _encode(x, scale_rule, compat):
-    blocks = _scaled_blocks(x, scale_rule)
-    return Codes(fb.pack(fb.join_blocks(_codes(blocks, compat))), blocks.scales)
+def _decode(q, dtype, block_size):
+    return _from_value_bits(_value_bits(fb.split_blocks(fb.unpack(q.packed), block_size), q.scales), dtype)
 
 
-@partial(jax.jit, static_argnums=1)
-def _decode(q, dtype):
-    return _from_value_bits(_value_bits(fb.split_blocks(fb.unpack(q.packed), BLOCK_SIZE), q.scales), dtype)
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _encode_decode(x, scale_rule, compat, dtype):
-    blocks = _scaled_blocks(x, scale_rule)
-    codes = _codes(blocks, compat)
-    if compat:
+@partial(jax.jit, static_argnums=(2, 3))
+def _encode_decode(x, key, options, dtype):
+    blocks = _scaled_blocks(x, options)
+    codes = _codes(blocks, options, key)
+    if options.compat or options.element_round != "rne":
         values = _value_bits(codes, blocks.scales)
     else:
         values = nearest_value_bits(blocks.bits, blocks.finite_scales, blocks.is_finite)
@@ -122,18 +175,23 @@ class _Blocks(NamedTuple):
     scales: UInt8[Array, "*batch C"]
 
 
-def _scaled_blocks(x: Float[Array, "*batch n"], scale_rule: str) -> _Blocks:
-    bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
+def _scaled_blocks(x: Float[Array, "*batch n"], options: Options) -> _Blocks:
+    bits = fb.split_blocks(fb.to_bits(x), options.block_size)
     amax = fb.block_maximum(bits)
     is_finite = amax < fb.INF
-    finite_scales = SCALE_RULES[scale_rule](fb.magnitude(bits), amax)
+    finite_scales = SCALE_RULES[options.scale_rule](fb.magnitude(bits), amax)
     return _Blocks(bits, finite_scales, is_finite, jnp.where(is_finite, finite_scales, NAN_SCALE).astype(jnp.uint8)[..., 0])
 
 
-def _codes(blocks: _Blocks, compat: str | None) -> UInt32[Array, "*batch C Q"]:
-    if compat:
+def _codes(blocks: _Blocks, options: Options, key: Key | None) -> UInt32[Array, "*batch C Q"]:
+    if options.compat:
         return _modelopt_codes(blocks)
-    index = nearest_index(blocks.bits, blocks.finite_scales, blocks.is_finite)
+    if options.element_round == "rne":
+        index = nearest_index(blocks.bits, blocks.finite_scales, blocks.is_finite)
+    else:
+        mag = fb.magnitude(blocks.bits)
+        index = rounded_index(scaled_bits(mag, blocks.finite_scales), E2M1, options.element_round, key)
+        index = jnp.where(blocks.is_finite & (mag > 0), index, 0).astype(jnp.uint32)
     return index | ((blocks.bits.astype(jnp.uint32) >> 28) & 8)
 
 

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int32, UInt8, UInt32
 
 from gptoss_jax.formats import bits as fb
 from gptoss_jax.formats.minifloat import E2M1_MAX, E4M3_NAN, e2m1_index, e2m1_value, e4m3_byte, e4m3_value
+from gptoss_jax.formats.parts import Parts
 
 BLOCK_SIZE = 16
 GLOBAL_SCALES = ("pow2", "exact")
@@ -82,6 +83,11 @@ def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
         if getattr(q, field).dtype != dtype_of_field:
             raise TypeError(f"NVFP4 {field} must be {jnp.dtype(dtype_of_field)}, not {getattr(q, field).dtype}")
     return _decode(q, jnp.dtype(dtype))
+
+
+def parts(q: Codes) -> Parts:
+    """Elements, and block scale * global scale, as float32."""
+    return Parts(e2m1_value(fb.split_blocks(fb.unpack(q.packed), BLOCK_SIZE)), _steps(q.scales, q.global_scale)[..., None])
 
 
 def encode_decode(x: Float[Array | np.ndarray, "*batch n"], global_scale: str, dtype) -> tuple[Float[Array, "*batch n"], Codes]:
@@ -197,7 +203,11 @@ def _decode_unpacked(
     global_scale: Float32[Array, "*matrices"],
     dtype,
 ) -> Float[Array, "*batch n"]:
-    step = e4m3_value(lax.bitcast_convert_type(scales, jnp.uint8))
-    step = step * global_scale.reshape(*global_scale.shape, *[1] * (step.ndim - global_scale.ndim))
+    step = _steps(scales, global_scale)
     values = e2m1_value(fb.split_blocks(codes, BLOCK_SIZE)) * step[..., None]
     return fb.join_blocks(values).astype(dtype)
+
+
+def _steps(scales: Float8e4m3fn[Array, "*batch C"], global_scale: Float32[Array, "*matrices"]) -> Float32[Array, "*batch C"]:
+    step = e4m3_value(lax.bitcast_convert_type(scales, jnp.uint8))
+    return step * global_scale.reshape(*global_scale.shape, *[1] * (step.ndim - global_scale.ndim))

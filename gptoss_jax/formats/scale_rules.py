@@ -49,7 +49,7 @@ def _even(mag: Magnitudes, amax: PerBlock) -> PerBlock:
 def _mse(mag: Magnitudes, amax: PerBlock) -> PerBlock:
     """Errors in int32 fixed point, unit 2**(e-12), |x| truncated to it: integer sums do not depend on the order of the reduction.
 
-    The largest error is 1.25 * 2**e (16 clipped to 6 at exponent e-3), 5120 units; 32 * 5120**2 < 2**31.
+    The largest error is 1.25 * 2**e (16 clipped to 6 at exponent e-3), 5120 units; 64 * 5120**2 < 2**31.
     """
     exp_max = jnp.maximum(amax >> EXP_SHIFT, 1)
     exp = jnp.maximum(mag >> EXP_SHIFT, 1)

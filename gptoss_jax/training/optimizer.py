@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
 from gptoss_jax.training.moments import scale_by_adam
-from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, random_bits, rounding_key, stochastic_round
+from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, rounding_key, stochastic_round
 
 # names that weight decay never touches
 NO_DECAY = ("*bias", "*norm.weight", "*.sinks", "*.router.*", "embed_tokens.weight", "lm_head.weight")

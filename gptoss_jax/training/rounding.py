@@ -16,34 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Int, UInt32
 
+from gptoss_jax.formats.noise import mix, random_bits
+
 Residual = Literal["int8", "int16"]
 
 
 def rounding_key(seed: int, step: Array, name: str) -> UInt32[Array, "2"]:
     """Key of the rounding of one array at one step; the same after a resume and on any mesh."""
     step, name_hash = jnp.asarray(step).astype(jnp.uint32), zlib.crc32(name.encode())
-    words = [_mix(_mix(_mix(jnp.uint32(seed) ^ jnp.uint32(salt)) + step) ^ jnp.uint32(name_hash)) for salt in (0, 0x9E3779B9)]
+    words = [mix(mix(mix(jnp.uint32(seed) ^ jnp.uint32(salt)) + step) ^ jnp.uint32(name_hash)) for salt in (0, 0x9E3779B9)]
     return jnp.stack(words)
-
-
-def random_bits(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Uniform bits that depend on key and element index alone, so that every sharding gives the same.
-
-    A hash of (row, column) with the 32-bit finalizer of MurmurHash3 (Appleby, public domain) instead of threefry: a dozen integer operations that
-    fuse into the pass that uses them, where threefry takes a hundred and XLA's CPU backend writes them to memory first. Good enough for the noise of
-    rounding, not for drawing samples. Rows are all dimensions but the last: no index needs 64 bits below 2^32 rows.
-    """
-    row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
-    for dim, size in enumerate(shape[:-1]):
-        row = row * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, row.shape, dim)
-    column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    return _mix((_mix(row ^ key[0]) + column * jnp.uint32(0x9E3779B9)) ^ key[1])
-
-
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def stochastic_round(x: Float[Array, "..."], key: UInt32[Array, "2"]) -> BFloat16[Array, "..."]:
