@@ -191,7 +191,7 @@ def test_random_forward_has_a_variance_between_seeds(params, batches):
     """Every seed is a pass of its own; a deterministic estimator beside it has none."""
     rows = probe_gradients(CONFIG, params, batches[:1], FMT, ["ste", SHAKEN], references=["quantized"], seeds=3)
     quiet, random = the_row(rows, estimator="ste"), the_row(rows, estimator="shaken")
-    assert quiet["variance_seeds"] == 0 and quiet["bias2"] == 0 and random["variance_seeds"] > 0
+    assert quiet["variance_seeds"] < 1e-12 and quiet["bias2"] == 0 and random["variance_seeds"] > 0
     assert quiet["variance_batches"] is None and random["batches"] == 1 and random["seeds"] == 3 and random["cosine"] < 0.9999
     again = probe_gradients(CONFIG, params, batches[:1], FMT, ["ste", SHAKEN], references=["quantized"], seeds=3)
     assert again == rows

@@ -22,11 +22,11 @@ from gptoss_jax.data.packing import Batch
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.quantizer import FakeQuant, Quantizer
-from gptoss_jax.lab.trainer import cross_entropy
 from gptoss_jax.model import GptOssConfig, Params
-from gptoss_jax.quant import Estimator
+from gptoss_jax.quant import Estimator, plain_cast
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.config import TrainConfig
+from gptoss_jax.training.step import make_loss
 
 Experts = dict[str, Array]
 
@@ -88,11 +88,12 @@ class Objective:
 @lru_cache(maxsize=8)
 def _programs(config: GptOssConfig, dtype: str):
     """Compiled (loss, loss with gradient) of (experts, other parameters, batch)."""
-    share = cross_entropy(config, TrainConfig(compute_dtype=dtype, remat="products"))
+    share = make_loss(config, TrainConfig(compute_dtype=dtype, remat="products"), plain_cast(jnp.dtype(dtype)))
 
     def loss(experts, others, batch):
         with jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext():
-            return share({**experts, **others}, batch, None)[0]
+            weight = jnp.sum(batch.loss_weights_BT)
+            return share(experts, others, batch, jnp.where(weight > 0, weight, 1.0), 1)[0]
 
     return jax.jit(loss), jax.jit(jax.value_and_grad(loss))
 
