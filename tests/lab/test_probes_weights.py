@@ -114,18 +114,31 @@ def test_every_expert_of_every_projection_has_a_row_and_sums_add_up(model, tiny_
 
 
 def test_all_kinds_of_checkpoints_and_a_part_of_the_experts(model, tiny_config):
-    folder, params = model
+    folder, _ = model
     exact = probe_weights(folder / "mxfp4", "mxfp4")[0]
     assert exact["sqnr_db"] is None and exact["changed"] == 0
     source = open_checkpoint(folder / "bf16")
     assert probe_weights(folder / "bf16", "mxfp4", max_experts=3)[0]["weights"] == exact["weights"] * 3 / source.config.num_local_experts
 
 
+def test_masters_of_a_training_checkpoint_are_read_one_parameter_at_a_time(model, tiny_config, tmp_path, monkeypatch):
+    _, params = model
+    orbax_store.save(tmp_path / orbax_store.CHECKPOINTS, 1, params, orbax_store.Meta(model=tiny_config.to_dict()))
+    read, restore = [], orbax_store.restore_param
+    monkeypatch.setattr(orbax_store, "restore_param", lambda directory, step, name: read.append(name) or restore(directory, step, name))
+    rows = probe_weights(tmp_path, "mxfp4")
+    assert sorted(read) == sorted(name for name in params if name.endswith("_proj") and "experts" in name)
+    one = next(row for row in rows if (row["layer"], row["projection"], row["expert"]) == (1, "gate_up_proj", 7))
+    expected = probe_array(params["blocks.1.mlp.experts.gate_up_proj"][0, 7], Mxfp4())
+    assert {**one, "layer": None, "projection": None, "expert": None} == expected
+
+
 def test_rows_come_back_from_both_files(tmp_path):
     rows = [{"probe": "a", "layer": None, "x": np.float64(0.5), "counts": [1, 2]}, {"probe": "a", "layer": 3, "x": float("nan"), "more": "text"}]
     parquet, lines = write_rows(rows, tmp_path / "new" / "rows.parquet")
     expected = [
-        {"probe": "a", "layer": None, "x": 0.5, "counts": [1, 2], "more": None}, {"probe": "a", "layer": 3, "x": None, "counts": None, "more": "text"},
+        {"probe": "a", "layer": None, "x": 0.5, "counts": [1, 2], "more": None},
+        {"probe": "a", "layer": 3, "x": None, "counts": None, "more": "text"},
     ]  # fmt: skip
     assert read_rows(parquet) == read_rows(lines) == expected
     assert json.loads(lines.read_text().splitlines()[1])["x"] is None

@@ -16,7 +16,7 @@ With x a weight, X the scale of its block, y = x/X, a = |y|, and l <= a < u the 
 
 x is compared with products of X and grid values that are exact in float32 for power-of-two scales and for NVFP4's default global scale. Rows of
 layers and of the whole model add up those of the experts looked at. Weights are read, rounded and counted one expert at a time; of a training
-checkpoint, whose masters are stored per parameter and not per expert, all masters are in memory.
+checkpoint one parameter, a projection of several layers, is in memory.
 
     E experts  C blocks of a row  Q block size  M magnitudes
 """
