@@ -104,9 +104,15 @@ def rounded(quantizer: Quantizer, experts: Experts) -> Experts:
     return quantizer.round(experts, quantizer.init(experts))
 
 
-@partial(jax.jit, static_argnums=0)
 def computed(quantizer: Quantizer, experts: Experts, key: Array) -> Experts:
-    """The weights that training computes with, at its first step."""
+    """The weights that training computes with, at its first step. Those of fake quantization depend on the format alone: one program for all."""
+    if type(quantizer) is FakeQuant:
+        quantizer = FakeQuant.of(quantizer.format)
+    return _computed(quantizer, experts, key)
+
+
+@partial(jax.jit, static_argnums=0)
+def _computed(quantizer: Quantizer, experts: Experts, key: Array) -> Experts:
     return quantizer(experts, quantizer.init(experts), key, jnp.int32(0))
 
 

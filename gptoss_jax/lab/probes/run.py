@@ -20,7 +20,7 @@ from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.probes.deployed import export_gap
 from gptoss_jax.lab.probes.descent import STEPS, probe_descent, probe_smoothed
-from gptoss_jax.lab.probes.gradients import probe_gradients
+from gptoss_jax.lab.probes.gradients import named_quantizers, probe_gradients
 from gptoss_jax.lab.probes.routing import probe_routing
 from gptoss_jax.lab.probes.rows import Row, write_rows
 from gptoss_jax.lab.probes.weights import probe_weights
@@ -131,6 +131,6 @@ def write_found(found: Found, directory: str | Path, settings: dict[str, Any]) -
 def as_record(model: str | Path, fmt: Format, estimators: Sequence[Any], data: Any, settings: ProbeSettings) -> dict[str, Any]:
     """Settings as plain values."""
     return {
-        "model": str(model), "format": fmt.to_dict(), "estimators": [str(name) for name in estimators],
+        "model": str(model), "format": fmt.to_dict(), "estimators": list(named_quantizers(fmt, estimators)),
         "data": None if data is None else str(data), **dataclasses.asdict(settings),
     }  # fmt: skip

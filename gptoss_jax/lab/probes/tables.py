@@ -59,23 +59,26 @@ def _layers(weights: Sequence[Row], routing: Sequence[Row]) -> Table:
 
 def _estimators(found: Mapping[str, Sequence[Row]]) -> Table:
     whole = {name: [row for row in rows if row["layer"] is None] for name, rows in found.items()}
-    names = list(dict.fromkeys(row["estimator"] for name in ("descent", "smoothed", "gradients") for row in whole.get(name, ())))
+    names = [name for name in dict.fromkeys(row["estimator"] for rows in whole.values() for row in rows if "estimator" in row) if name != AT_W]
+    # (label in the table, estimator, forward pass of the descent)
+    lines = [(AT_W + ", no rounding", AT_W, "full"), (AT_W, AT_W, "quantized")] if "descent" in found or "smoothed" in found else []
+    lines += [(name, name, "quantized") for name in names]
     steps = sorted({row["step"] for row in whole.get("descent", ())})
     against = [row for row in whole.get("gradients", ()) if row["reference"] == "full"]
     columns = ["estimator"] + (["cosine", "norm ratio", "bias²", "variance"] if against else [])
     columns += [f"ρ at {step:g}" for step in steps] + (["smoothed", "± error"] if "smoothed" in found else [])
     table = _table(columns)
-    for name in names:
+    for label, name, forward in lines:
         cells = []
         if against:
             row = _first(against, estimator=name)
             cells += [_number(row.get(key), ".3g") for key in ("cosine", "norm_ratio", "bias2", "variance_batches")]
-        rho = lambda step, name=name: _first(whole["descent"], estimator=name, step=step, forward="quantized").get("ratio")
-        cells += [_number(rho(step), ".2f") for step in steps]
+        along = [_first(whole["descent"], estimator=name, step=step, forward=forward) for step in steps]
+        cells += [_number(row.get("ratio"), ".2f") for row in along]
         if "smoothed" in found:
-            row = _first(whole["smoothed"], estimator=name)
+            row = _first(whole["smoothed"], estimator=name) if forward == "quantized" else {}
             cells += [_number(row.get("ratio"), ".2f"), _number(row.get("ratio_error"), ".2g")]
-        table.add_row(Text(name), *cells, end_section=name == AT_W)
+        table.add_row(Text(label), *cells, end_section=label == AT_W)
     return table
 
 
