@@ -133,7 +133,7 @@ def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
     start, arm, seed = time.monotonic(), task.arm.settings, task.seed
     sft = stages.sft(arm, seed)
     final = stages.final(arm, seed, keep=keep)
-    made = deployed(final.params, final.extra, quantizer_of(arm), export_of(arm))
+    made = deployed(stages.model.config, final.params, final.extra, quantizer_of(arm), export_of(arm))
     measured = stages.held_out.measure(made)
     measured["rounding"] = rounding_of(final.params, made, stages.model.params)
     return {

@@ -1,6 +1,7 @@
 """Moving weights that lie on a format's grid off it, within their rounding cells."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +22,18 @@ def move_in_cell(params: Mapping[str, Array], fmt: Format, share: float, key: Ar
     The cell of a magnitude reaches half way to its neighbours; that of the largest as far up as down. The block maximum keeps its value, so that
     scales, which follow from it, stay too.
     """
-    moved = {}
-    for number, name in enumerate(expert_names(params)):
-        x = params[name].astype(jnp.float32)
-        elements, scale = fmt.parts(fmt.encode(x))
-        magnitudes = np.array(fmt.magnitudes, np.float32)
-        middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-        lower, upper = np.append(-middles[0], middles), np.append(middles, 2 * magnitudes[-1] - middles[-1])
-        blocks = elements * scale
-        index = jnp.searchsorted(magnitudes, jnp.abs(elements))
-        down, up = jnp.asarray(lower - magnitudes)[index], jnp.asarray(upper - magnitudes)[index]
-        uniform = jax.random.uniform(jax.random.fold_in(key, number), elements.shape)
-        noise = jnp.where(elements < 0, -1.0, 1.0) * share * (down + uniform * (up - down))
-        largest = jnp.abs(blocks) == jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-        moved[name] = jnp.where(largest, blocks, blocks + scale * noise).reshape(x.shape)
-    return {**params, **moved}
+    make = lambda number, name: _moved(params[name].astype(jnp.float32), fmt, share, jax.random.fold_in(key, number))
+    return {**params, **{name: make(number, name) for number, name in enumerate(expert_names(params))}}
 
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _moved(x: Array, fmt: Format, share: float, key: Array) -> Array:
+    elements, scale = fmt.parts(fmt.encode(x))
+    magnitudes = np.array(fmt.magnitudes, np.float32)
+    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+    lower, upper = np.append(-middles[0], middles), np.append(middles, 2 * magnitudes[-1] - middles[-1])
+    index = jnp.searchsorted(magnitudes, jnp.abs(elements))
+    down, up = jnp.asarray(lower - magnitudes)[index], jnp.asarray(upper - magnitudes)[index]
+    noise = jnp.where(elements < 0, -1.0, 1.0) * share * (down + jax.random.uniform(key, elements.shape) * (up - down))
+    largest = jnp.abs(elements) == jnp.max(jnp.abs(elements), axis=-1, keepdims=True)
+    return (scale * jnp.where(largest, elements, elements + noise)).reshape(x.shape)

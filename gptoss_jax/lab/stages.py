@@ -126,7 +126,7 @@ class Stages:
 
         def watch(step, params, extra):
             if every and (step % every == 0 or step == train.steps):
-                curve.append((step, self.held_out.loss(deployed(params, extra, quantizer, export))))
+                curve.append((step, self.held_out.loss(deployed(self.model.config, params, extra, quantizer, export))))
 
         loss = trainer.training_loss(self.model.config, train)
         batches = BatchStream(self._rows(seed), self.experiment.data.rows, seed, self.tokenizer)

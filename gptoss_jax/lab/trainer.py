@@ -68,8 +68,8 @@ def _training_loss(config: GptOssConfig, train: TrainConfig) -> Loss:
         weight = jnp.sum(batch.loss_weights_BT)
         tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
         teacher = (context,) if train.distill else ()
-        total, (losses, _) = share(params, {}, batch, jnp.where(weight > 0, weight, 1.0), tokens, *teacher)
-        return total, {"loss": losses.nll, **losses.parts}
+        total, parts = share(params, {}, batch, jnp.where(weight > 0, weight, 1.0), tokens, *teacher)
+        return total, {"loss": parts.nll, **parts.mixed}
 
     return loss
 

@@ -1,0 +1,62 @@
+"""`gptoss-jax lab run` and `lab plot`: experiments on quantization gradients."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def run(
+    experiment: Annotated[Path, tyro.conf.Positional],
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    out: Path | None = None,
+    processes: int = 1,
+    limit: int | None = None,
+) -> None:
+    """Runs the arms of an experiment that have no result yet, then writes its plots and report.
+
+    Args:
+        experiment: YAML file, as configs/lab/e3_estimators.yaml.
+        overrides: settings over those of the file, as evaluation.set=dev seeds=[0].
+        out: directory of the results; default runs/lab/NAME. Experiments with a common parent share their SFT stages.
+        processes: that work at the same time, each on its share of the cores.
+        limit: run only the first so many arms and seeds.
+    """
+    from gptoss_jax.cli.lab_processes import is_worker, run_all, take_share_of_cores
+
+    take_share_of_cores()  # before JAX counts them
+    from gptoss_jax.lab.experiment import load_experiment
+
+    found, arms = load_experiment(experiment, overrides)
+    out = out or Path("runs/lab") / found.name
+    run_all(experiment, overrides, found, arms, out, processes, limit)
+    if not is_worker():
+        _report(found, arms, out)
+
+
+def plot(
+    experiment: Annotated[Path, tyro.conf.Positional],
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    out: Path | None = None,
+) -> None:
+    """Makes the plots and the report of an experiment again from its results.
+
+    Args:
+        experiment: YAML file.
+        overrides: those that it was run with.
+        out: directory of the results; default runs/lab/NAME.
+    """
+    from gptoss_jax.lab.experiment import load_experiment
+
+    found, arms = load_experiment(experiment, overrides)
+    _report(found, arms, out or Path("runs/lab") / found.name)
+
+
+def _report(experiment, arms, out: Path) -> None:
+    from gptoss_jax.lab.report import write_report
+
+    for line in write_report(experiment, arms, out):
+        print(line)
+
