@@ -36,21 +36,27 @@ def run(
 
 
 def plot(
-    experiment: Annotated[Path, tyro.conf.Positional],
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    target: Annotated[Path, tyro.conf.Positional],
+    more: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
     out: Path | None = None,
 ) -> None:
-    """Makes the plots and the report of an experiment again from its results.
+    """Makes the plots and the report of an experiment again from its results; or the plots of probes.
 
     Args:
-        experiment: YAML file.
-        overrides: those that it was run with.
-        out: directory of the results; default runs/lab/NAME.
+        target: YAML file of an experiment, or a directory that `lab probe --out` filled.
+        more: the overrides that the experiment was run with; or further directories, to be shown beside the first.
+        out: directory of the results, default runs/lab/NAME; of probes, where the plots go, default DIR/plots.
     """
+    if target.is_dir():
+        from gptoss_jax.lab.probe_plots import of_probes
+
+        for title, file in of_probes([target, *map(Path, more)], out or target / "plots"):
+            print(f"{title}: {file}")
+        return
     from gptoss_jax.lab.experiment import load_experiment
 
-    found, arms = load_experiment(experiment, overrides)
+    found, arms = load_experiment(target, more)
     _report(found, arms, out or Path("runs/lab") / found.name)
 
 
