@@ -40,6 +40,15 @@ class Model:
         return make_expert_quant(self.policy, dtype)
 
 
+def look_at(path: str | Path) -> tuple[GptOssConfig, Path]:
+    """Architecture and tokenizer directory of a model, without its weights."""
+    found = orbax_store.locate(path)
+    if found is None:
+        source = open_checkpoint(path)
+        return source.config, source.path
+    return GptOssConfig.from_dict(orbax_store.read_meta(*found).model), orbax_store.step_dir(*found) / orbax_store.ASSETS
+
+
 def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None, *, packed: bool = False) -> Model:
     """Loads any model. `dtype` is that of decoded weights; the masters of a training checkpoint keep their own.
 

@@ -13,7 +13,7 @@ class Distribute(NamedTuple):
     """How the parts of the model that mix tokens or weights of several devices run on a mesh; all keep arguments and results.
 
     `attention(run, window)` for `run(q, k, v, sinks, segment_ids, keys=None)`; `experts(run, capture)` for `run_experts`, whose captured weights
-    come out on request only; `loss(run)` for `run(hidden, w, targets, weights, gathers=())`.
+    come out on request only; `loss(run)` for `run(hidden, w, targets, weights, *teacher, gathers=())`.
     """
 
     attention: Callable[[Callable, int | None], Callable]

@@ -20,13 +20,16 @@ from gptoss_jax.sharding.rules import DEFAULT_RULES, ShardingRules
 
 
 def loss_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Callable[[Callable], Callable]:
-    """How the loss runs on this mesh: `distribute(run)` does what `run(hidden, w, targets, weights)` does on one device; `run` takes `gathers`."""
+    """How the loss runs on this mesh: `distribute(run)` does what `run(hidden, w, targets, weights)` does on one device; `run` takes `gathers`.
+
+    A teacher's (hidden, w) may follow the four arrays, and `run` may return several sums.
+    """
     rows, length, vocab, embed = (rules.axes(logical, mesh) for logical in ("batch", "length", "vocab", "embed"))
     idle = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in rows + length)
     gathers = tuple(Gather(axes, dim) for axes, dim in ((embed, 1), (vocab, 0)) if axes)
 
     def distribute(run: Callable) -> Callable:
-        def whole(hidden_BTD, w_VD, targets_BT, weights_BT):
+        def whole(hidden_BTD, w_VD, targets_BT, weights_BT, *teacher):
             shards = math.prod(mesh.shape[a] for a in length + idle)
             cut = length + idle if hidden_BTD.shape[1] % shards == 0 else length
             tokens = PartitionSpec(rows or None, cut or None)
@@ -34,10 +37,11 @@ def loss_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Callable[
             def local(*arrays):
                 return lax.psum(run(*arrays, gathers=gathers), rows + cut)
 
-            in_specs = tokens, PartitionSpec(vocab or None, embed or None), tokens, tokens
+            w = PartitionSpec(vocab or None, embed or None)
+            in_specs = tokens, w, tokens, tokens, *((tokens, w) if teacher else ())
             # the loops inside carry zeros that vary over no axis, which the check of replication does not follow
             on_mesh = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)
-            return on_mesh(hidden_BTD, w_VD, targets_BT, weights_BT)
+            return on_mesh(hidden_BTD, w_VD, targets_BT, weights_BT, *teacher)
 
         return whole
 

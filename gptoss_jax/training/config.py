@@ -155,6 +155,21 @@ class Nvfp4Quant(Section):
     rules: tuple[str, ...] | None = None
 
 
+class Distillation(Section):
+    """How a teacher's next-token probabilities enter the loss, see ops/distillation."""
+
+    # of KL(teacher || student) in the loss; the rest is the cross-entropy
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: PositiveFloat = 1.0
+
+
+class DistillConfig(Distillation):
+    """Training towards the probabilities of another model, which is held in the compute dtype beside the state."""
+
+    # any model with the same vocabulary, by rule the SFT model that QAT starts from
+    teacher: str
+
+
 class MeshConfig(Section):
     """Devices along each axis of the mesh, see sharding/mesh.py; or `auto`: the layout that `gptoss-jax plan` proposes for the devices present."""
 
@@ -218,6 +233,7 @@ class TrainConfig(Section):
     # attention and experts: Triton kernels on NVIDIA GPUs and XLA elsewhere (auto), or one of the two by name
     kernels: Literal["auto", "xla", "triton"] = "auto"
     quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
+    distill: DistillConfig | None = None
     # parameter name patterns that are not trained
     freeze: tuple[str, ...] = ()
     # the release's config.json carries 0.9; a run asks for it or does without
@@ -307,5 +323,5 @@ def _known(loc: tuple) -> list[str]:
         if part in ("mxfp4", "nvfp4"):
             section = {"mxfp4": Mxfp4Quant, "nvfp4": Nvfp4Quant}[part]
         elif part != "quant":
-            section = section.model_fields[part].annotation
+            section = DistillConfig if part == "distill" else section.model_fields[part].annotation
     return list(section.model_fields)

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from gptoss_jax.checkpoint import orbax_store
-from gptoss_jax.checkpoint.models import Model, carried_files, load_model
-from gptoss_jax.checkpoint.source import open_checkpoint
+from gptoss_jax.checkpoint.models import Model, carried_files, load_model, look_at
 from gptoss_jax.data import BatchStream, Packed, Pipeline, System, load_tokenizer, one_pass, report, shared_warning, training_and_held_out
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
@@ -29,6 +27,7 @@ from gptoss_jax.training.plan import present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.task_rates import TaskRates
+from gptoss_jax.training.teacher import load_teacher
 from gptoss_jax.training.yaml_config import dump_config
 
 HOW_TO_GIVE_DATA = """: give data.train=FILE (.jsonl, .json, .parquet, a directory, or a hub name), with one conversation a line, as
@@ -110,15 +109,6 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
     return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
 
 
-def look_at(path: str) -> tuple[GptOssConfig, Path]:
-    """Architecture and tokenizer directory of a model, without its weights."""
-    found = orbax_store.locate(path)
-    if found is None:
-        source = open_checkpoint(path)
-        return source.config, source.path
-    return GptOssConfig.from_dict(orbax_store.read_meta(*found).model), orbax_store.step_dir(*found) / orbax_store.ASSETS
-
-
 def run_stage(
     train: TrainConfig, *, resume: bool = False, overwrite: bool = False, model: Model | None = None, progress: Progress | None = None
 ) -> tuple[Path, TrainState]:
@@ -167,6 +157,7 @@ def run_stage(
             eval_batches=(lambda: one_pass(held_out.rows, train.batch.rows, share)) if held_out else None,
             measure=rates,
             shardings=shardings,
+            teacher=load_teacher(train, config, shardings) if train.distill else None,
             assets=carried_files(directory),
             progress=progress,
         )
