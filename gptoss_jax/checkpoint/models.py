@@ -14,7 +14,7 @@ from gptoss_jax.checkpoint.load import load_params
 from gptoss_jax.checkpoint.source import open_checkpoint
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig
-from gptoss_jax.quant import QuantPolicy, make_expert_quant
+from gptoss_jax.quant import QuantPolicy, estimator_to_dict, make_expert_quant
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def load_model(
     params = orbax_store.restore_params(directory, step, shardings(config) if callable(shardings) else shardings)
     policy = QuantPolicy.from_dict(meta.quant) if meta.quant else None
     source = {"run": directory.parent.name, "step": step, "base": meta.source}
+    if policy is not None:
+        source["estimator"] = estimator_to_dict(policy.estimator)  # the format stands elsewhere in a manifest
     assets = orbax_store.step_dir(directory, step) / orbax_store.ASSETS
     return Model(config, params, assets, policy, meta.code_hashes, source)
 

@@ -271,6 +271,21 @@ def restore_params(directory: str | Path, step: int, shardings: Mapping[str, Sha
     return _restore(directory, step, stored, {"params": target})["params"]
 
 
+def restore_param(directory: str | Path, step: int, name: str) -> jax.Array:
+    """One parameter of a step, on the first device; the others are not read. The caller has verified the step.
+
+    Raises:
+      CorruptError: the step holds no parameter of this name.
+    """
+    stored = _stored(directory, step)["params"]
+    if name not in stored:
+        raise CorruptError(f"checkpoint {directory}: step {step} holds no parameter {name}")
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=first)
+    target = {"params": {**dict.fromkeys(stored, ...), name: wanted}}  # `...` leaves a leaf out
+    return ocp.load_checkpointables(step_dir(directory, step).absolute() / ARRAYS, target)["params"][name]
+
+
 def _stored(directory: str | Path, step: int) -> dict[str, Any]:
     """Trees of shapes and dtypes that a step holds."""
     return ocp.checkpointables_metadata(step_dir(directory, step).absolute() / ARRAYS).metadata
