@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.lab.probes import export_gap, probe_descent, probe_gradients, probe_routing, probe_smoothed
 from gptoss_jax.lab.probes.descent import AT_W
@@ -207,7 +208,7 @@ def test_unknown_names_are_refused(params, batches):
         probe_gradients(CONFIG, params, batches, FMT, references=["fp32"])
     with pytest.raises(ValueError, match="unknown estimator"):
         probe_gradients(CONFIG, params, batches, FMT, ["stee"])
-    with pytest.raises(ValueError, match="two estimators"):
+    with pytest.raises(UsageError, match="two estimators"):
         probe_gradients(CONFIG, params, batches, FMT, ["ste", "ste"])
-    with pytest.raises(ValueError, match="is an estimator of a format"):
+    with pytest.raises(UsageError, match="is an estimator of a format"):
         probe_gradients(CONFIG, params, batches, IDENTITY, ["ste"])

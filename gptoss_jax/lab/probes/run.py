@@ -24,9 +24,10 @@ from gptoss_jax.lab.probes.gradients import named_quantizers, probe_gradients
 from gptoss_jax.lab.probes.routing import probe_routing
 from gptoss_jax.lab.probes.rows import Row, write_rows
 from gptoss_jax.lab.probes.weights import probe_weights
-from gptoss_jax.quant import Estimator
+from gptoss_jax.model import abstract_params
+from gptoss_jax.quant import Estimator, default_policy
 from gptoss_jax.training.config import DataConfig
-from gptoss_jax.training.stage import data_pipeline
+from gptoss_jax.training.stage import data_pipeline, look_at
 
 PROBES = ("weights", "gradients", "descent", "smoothed", "routing", "export")
 Found = dict[str, list[Row]]
@@ -89,13 +90,20 @@ def run_probes(
     settings: ProbeSettings = ProbeSettings(),
     report: Callable[[str], None] = lambda text: None,
 ) -> Found:
-    """Rows by probe. Without data, only the statistics of the weights."""
+    """Rows by probe. Without data only the statistics of the weights; formats that cannot be exported have no rows of "export".
+
+    Raises:
+      UsageError, CorruptError: model, data or format that cannot be used, or not together.
+    """
     found: Found = {}
-    stochastic = getattr(fmt, "stochastic", False)
-    key = jax.random.key(settings.seed) if stochastic else None
+    config = look_at(str(model))[0]
+    try:
+        default_policy(fmt).match(abstract_params(config))
+    except ValueError as error:
+        raise UsageError(f"{model}: {error}") from None
     if "weights" in settings.probes:
         report("reading weights")
-        found["weights"] = probe_weights(model, fmt, max_experts=settings.max_experts, key=key, report=report)
+        found["weights"] = probe_weights(model, fmt, max_experts=settings.max_experts, seed=settings.seed, report=report)
     if data is None or not set(settings.probes) - {"weights"}:
         return found
     report("loading the model")
@@ -104,7 +112,7 @@ def run_probes(
     at = (loaded.config, loaded.params)
     options = dict(seed=settings.seed, dtype=settings.dtype, only=settings.only, report=report)
     if "gradients" in settings.probes:
-        found["gradients"] = probe_gradients(*at, batches, fmt, estimators, seeds=settings.seeds if stochastic else 1, **options)
+        found["gradients"] = probe_gradients(*at, batches, fmt, estimators, seeds=settings.seeds if fmt.stochastic else 1, **options)
     if "descent" in settings.probes:
         found["descent"] = probe_descent(*at, batches[0], fmt, estimators, steps=settings.steps, **options)
     if "smoothed" in settings.probes:
@@ -113,7 +121,7 @@ def run_probes(
     if "routing" in settings.probes:
         report("routing")
         found["routing"] = probe_routing(*at, batches[0], fmt, dtype=settings.dtype)
-    if "export" in settings.probes and not stochastic:
+    if "export" in settings.probes and fmt.export_problem is None:
         report("exporting")
         found["export"] = [export_gap(*at, batches[0], fmt, dtype=settings.dtype)]
     return found
