@@ -19,7 +19,7 @@ from gptoss_jax.data.pipeline import Selected
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.probes.deployed import export_gap
-from gptoss_jax.lab.probes.descent import STEPS, probe_descent, probe_smoothed
+from gptoss_jax.lab.probes.descent import DIRECTIONS, STEPS, probe_descent, probe_smoothed
 from gptoss_jax.lab.probes.gradients import named_quantizers, probe_gradients
 from gptoss_jax.lab.probes.routing import probe_routing
 from gptoss_jax.lab.probes.rows import Row, write_rows
@@ -40,7 +40,8 @@ class ProbeSettings:
     Attributes:
       batches, rows, row_length: of the gradients; the other probes look at the first batch.
       seeds: roundings of each batch by a stochastic format.
-      steps, radius, draws: of descent and of the smoothed loss.
+      steps, directions, per_layer: of descent.
+      radius, draws: of the smoothed loss.
       max_experts: of each matrix, for the statistics of weights; None is all.
       only: pattern of the expert projections that gradients are taken of.
     """
@@ -51,6 +52,8 @@ class ProbeSettings:
     row_length: int = 128
     seeds: int = 1
     steps: tuple[float, ...] = STEPS
+    directions: tuple[str, ...] = DIRECTIONS
+    per_layer: bool = False
     radius: float = 0.1
     draws: int = 32
     max_experts: int | None = None
@@ -59,8 +62,9 @@ class ProbeSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if unknown := [name for name in self.probes if name not in PROBES]:
-            raise UsageError(f"unknown probe {unknown[0]!r}; known are {', '.join(PROBES)}")
+        for what, names, known in (("probe", self.probes, PROBES), ("direction", self.directions, DIRECTIONS)):
+            if unknown := [name for name in names if name not in known]:
+                raise UsageError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
         for name, least in (("batches", 1), ("rows", 1), ("row_length", 2), ("seeds", 1), ("draws", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} = {getattr(self, name)} must be at least {least}")
@@ -114,7 +118,8 @@ def run_probes(
     if "gradients" in settings.probes:
         found["gradients"] = probe_gradients(*at, batches, fmt, estimators, seeds=settings.seeds if fmt.stochastic else 1, **options)
     if "descent" in settings.probes:
-        found["descent"] = probe_descent(*at, batches[0], fmt, estimators, steps=settings.steps, **options)
+        moving = dict(steps=settings.steps, directions=settings.directions, per_layer=settings.per_layer)
+        found["descent"] = probe_descent(*at, batches[0], fmt, estimators, **moving, **options)
     if "smoothed" in settings.probes:
         smoothing = dict(radius=settings.radius, draws=settings.draws)
         found["smoothed"] = probe_smoothed(*at, batches[0], fmt, estimators, **smoothing, **options)
