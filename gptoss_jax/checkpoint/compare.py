@@ -14,6 +14,7 @@ from gptoss_jax.checkpoint.safetensors_io import DTYPES
 from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint
 from gptoss_jax.errors import CorruptError
 from gptoss_jax.formats import Format
+from gptoss_jax.formats.noise import matrix_keys
 from gptoss_jax.model import Params
 
 BF16 = DTYPES["BF16"]
@@ -25,7 +26,7 @@ def stored_code_hashes(source: SourceCheckpoint) -> dict[str, str]:
     for piece in all_pieces(source.config):
         specs = piece.tensors(source.layout, source.config)
         if "packed" in specs:
-            out[piece.hf_key] = hash_arrays(source.store.array(spec.key) for spec in specs.values())
+            out[piece.hf_key] = hash_arrays(part for spec in specs.values() for part in source.store.chunks(spec.key))
     return out
 
 
@@ -76,7 +77,7 @@ def _expected(source: SourceCheckpoint, against: SourceCheckpoint | Params, piec
         leaf = against[piece.name]
         values, through = (leaf if piece.slot is None else leaf[piece.slot])[ranges], fmt
     if piece.row.matrix and through:
-        values = through_format(values, through)
+        values = through_format(values, through, expert_keys(through, piece, ranges[0].start, ranges[0].stop))
     return to_host(values)
 
 
@@ -93,7 +94,13 @@ def _row_groups(piece: Piece) -> Iterator[tuple[slice, ...]]:
         yield slice(start, min(start + step, piece.shape[0])), *rest
 
 
+def expert_keys(fmt: Format, piece: Piece, start: int, stop: int) -> np.ndarray | None:
+    """Keys of the stochastic rounding of some experts of a piece: from the seed of the format, the tensor's name in the files and the index of the
+    expert, so that any cut of a model has the same bytes. None for other formats."""
+    return matrix_keys(fmt.seed, piece.hf_key, range(start, stop)) if fmt.stochastic else None
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def through_format(values: Any, fmt: Format) -> jax.Array:
+def through_format(values: Any, fmt: Format, key: Any = None) -> jax.Array:
     """What a model computes with after its weights were stored in `fmt`, in bfloat16."""
-    return fmt.decode(fmt.encode(values), jax.numpy.bfloat16)
+    return fmt.decode(fmt.encode(values, key), jax.numpy.bfloat16)

@@ -63,7 +63,8 @@ def finite_values(source: SourceCheckpoint) -> Findings:
                 continue  # every code is a value; wrong dtypes are reported above
             try:
                 check = check_scales if role == "scales" else check_finite
-                check(source.store.array(spec.key), source.where(spec.key))
+                for part in source.store.chunks(spec.key):
+                    check(part, source.where(spec.key))
             except CorruptError as error:
                 yield str(error)
 

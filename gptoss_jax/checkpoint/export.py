@@ -1,11 +1,15 @@
 """Parameters -> a directory that inference engines load: MXFP4 as in the release, BF16, or NVFP4 (readable by this library alone).
 
 MXFP4 and NVFP4 encode the parameters as given, which must be the master weights that training quantized: a rounded copy would change codes.
-The model is written tensor by tensor, so the host holds one layer at a time. Everything goes to a hidden sibling directory, is synced, read
-back and verified, and only then renamed to its final name; on failure the sibling is removed.
+A format with another rounding than training's (`Mxfp4(element_round="sr", seed=3)`) writes other weights than the trained ones, and says so in the
+manifest; `verify` reproduces them from the seed.
+Layers are encoded in groups of at most 128 MiB (in the dtype of the parameters), and a thread writes and hashes one group while the next is
+encoded, so the host holds four of them. Everything goes to a hidden sibling directory, is synced, read back and verified, and only then renamed to
+its final name; on failure the sibling is removed.
 
-Of many processes the first writes. The others take part in the gathers of what is sharded, which every device then holds for a moment: one layer of
-one parameter, encoded (265 MB of gate_up_proj codes in gpt-oss-20b) or in its own dtype.
+A parameter that is cut over devices is encoded where it lies, a layer at a time, and its codes come to the host by groups. Of many processes the
+first writes. The others take part in the gathers of what is sharded, which every device then holds for a moment: one layer of one parameter,
+encoded (265 MB of gate_up_proj codes in gpt-oss-20b) or in its own dtype.
 
 Where blocks and scales of one projection lay in different shards, llama.cpp's converter would pair them with those of another projection
 (silently where hidden and expert sizes are equal, as in the releases), so they stay together.
@@ -15,17 +19,20 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import xxhash
 
 import gptoss_jax
-from gptoss_jax.checkpoint.compare import through_format
-from gptoss_jax.checkpoint.hashes import hash_arrays, to_host, whole
+from gptoss_jax.checkpoint.ahead import Tick, in_order
+from gptoss_jax.checkpoint.compare import expert_keys, through_format
+from gptoss_jax.checkpoint.hashes import bytes_of, hash_arrays, rows_to_host, take_rows, whole
 from gptoss_jax.checkpoint.hf_config import MANIFEST, hf_config, read_companions
 from gptoss_jax.checkpoint.hf_layout import Layout, Piece, TensorSpec, all_pieces
 from gptoss_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter
@@ -37,6 +44,9 @@ from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.model import GptOssConfig, Params, abstract_params
 from gptoss_jax.sharding.distributed import barrier, is_first, on_first
+
+GROUP_BYTES = 128 << 20
+AHEAD = 3  # groups that are encoded and not yet written
 
 
 def export_hf(
@@ -50,16 +60,18 @@ def export_hf(
     provenance: Mapping[str, Any] | None = None,
     bake: Format | None = None,
     token_ids: Mapping[str, Any] | None = None,
+    tick: Tick | None = None,
 ) -> Path:
     """Writes a Hugging Face directory and verifies it before it gets its name. With several processes all call this and return when it is there.
 
     Args:
       params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy.
-      format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16".
+      format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16". Stochastic rounding needs a seed, which the manifest records.
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
       bake: with "bf16", write the values that this format decodes to: the model that QAT trained.
       token_ids: eos_token_id, pad_token_id, bos_token_id for config.json, before those of `source_dir`.
+      tick: called on the first process with the bytes that are written, and those of the whole model.
 
     Raises:
       UsageError: the target exists and is not an empty directory; parameters of another model; a format that makes no sense.
@@ -71,7 +83,8 @@ def export_hf(
     on_first(lambda: refuse_used(Path(out_dir)))
     if not is_first():
         for piece in all_pieces(config):
-            jax.block_until_ready([whole(part) for part in _stored(piece, params[piece.name], fmt, bake).values()])
+            if not _in_one_place(params[piece.name]):
+                jax.block_until_ready(list(_stored_whole(piece, params[piece.name], fmt, bake).values()))
         barrier("export")
         return Path(out_dir)
     companions, source_config = read_companions(source_dir)
@@ -81,7 +94,7 @@ def export_hf(
         for name, content in companions.items():
             (staging / name).write_bytes(content)
         write_json(staging / "config.json", config_json)
-        tensor_hashes, code_hashes = _write_shards(shards, params, fmt, bake, staging)
+        tensor_hashes, code_hashes = _write_shards(shards, params, fmt, bake, staging, tick)
         write_json(
             staging / MANIFEST,
             {
@@ -106,11 +119,15 @@ def export_hf(
 def _checked_format(format: Format | str, bake: Format | None) -> Format | None:
     """The format of the experts, None for BF16."""
     if format == "bf16":
+        if bake is not None and bake.export_problem:
+            raise UsageError(f"bake: {bake} cannot be exported: {bake.export_problem}")
         return None
     try:
         fmt = get_format(format)
     except (ValueError, TypeError) as error:
         raise UsageError(f"format: {error}; 'bf16' is known too") from None
+    if fmt.export_problem:
+        raise UsageError(f"format: {fmt} cannot be exported: {fmt.export_problem}")
     if bake is not None:
         raise UsageError(f"bake is for BF16 exports; an {fmt.name} export holds the codes themselves")
     return fmt
@@ -151,52 +168,127 @@ def _plan_shards(config: GptOssConfig, fmt: Format | None, max_bytes: int) -> li
 
 
 def _write_shards(
-    shards: list[_Shard], params: Params, fmt: Format | None, bake: Format | None, directory: Path
+    shards: list[_Shard], params: Params, fmt: Format | None, bake: Format | None, directory: Path, tick: Tick | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Writes all shards and the index. Returns the hash of every tensor and of the codes of every quantized matrix."""
-    tensor_hashes: dict[str, str] = {}
-    code_hashes: dict[str, str] = {}
+    hashes = _Hashes()
     weight_map: dict[str, str] = {}
+    total, done = sum(shard.nbytes for shard in shards), 0
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = {spec.key: (spec.dtypes[0], spec.shape) for _, specs in shard.pieces for spec in specs.values()}
         with SafetensorsWriter(directory / file, header) as writer:
-            for piece, specs in shard.pieces:
-                arrays = _stored_arrays(piece, params[piece.name], fmt, bake)
-                for role, spec in specs.items():
-                    array = arrays[role].reshape(spec.shape)
-                    writer.write(spec.key, array)
-                    tensor_hashes[spec.key] = hash_arrays([array])
-                if "packed" in specs:
-                    code_hashes[piece.hf_key] = hash_arrays(arrays.values())
+            groups = ((piece, specs, group) for piece, specs in shard.pieces for group in _groups(piece, params[piece.name], fmt, bake))
+            for nbytes in in_order((partial(_write_group, writer, hashes, *group) for group in groups), threads=1, ahead=AHEAD):
+                done += nbytes
+                if tick:
+                    tick(done, total)
         weight_map |= dict.fromkeys(header, file)
     if len(shards) > 1:
-        total = sum(shard.nbytes for shard in shards)
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return tensor_hashes, code_hashes
+    return hashes.tensors(), hashes.codes()
 
 
-def _stored(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) -> dict[str, Any]:
-    """What the files hold of one piece, where its parameter lies, by role and in the order in which codes are hashed."""
-    values = leaf if piece.slot is None else leaf[piece.slot]
-    if piece.row.matrix and fmt:
-        return _encode(values, fmt)._asdict()
-    return {"plain": through_format(values, bake) if piece.row.matrix and bake else values}
+class _Group(NamedTuple):
+    """Rows of the tensors of a piece, from `row` on, by role and in the order in which codes are hashed."""
+
+    row: int
+    arrays: dict[str, np.ndarray]
 
 
-def _stored_arrays(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) -> dict[str, np.ndarray]:
-    """The same on this host, checked, as it is written."""
-    where = f"export: tensor {piece.hf_key!r}"
-    arrays = {role: to_host(part) for role, part in _stored(piece, leaf, fmt, bake).items()}
-    if "plain" not in arrays:
-        check_scales(arrays["scales"], where)
-        return arrays
+def _write_group(writer: SafetensorsWriter, hashes: "_Hashes", piece: Piece, specs: dict[str, TensorSpec], group: _Group) -> int:
+    """Writes one group; returns its bytes. Groups of a piece come in order."""
+    for role, spec in specs.items():
+        array = group.arrays[role]
+        array = array.reshape(len(array), *spec.shape[1:])
+        writer.write(spec.key, array, group.row)
+        hashes.add(spec.key, piece.hf_key if "packed" in specs else None, role, array)
+    return sum(array.nbytes for array in group.arrays.values())
+
+
+class _Hashes:
+    """xxh3_128 of tensors that come in groups of rows, and of the codes of matrices (`gptoss_jax.checkpoint.hashes`): packed codes first, so the
+    scales wait (1/17 of a layer)."""
+
+    def __init__(self):
+        self._tensors: dict[str, Any] = {}
+        self._codes: dict[str, Any] = {}
+        self._waiting: dict[str, dict[str, list[np.ndarray]]] = {}
+
+    def add(self, key: str, matrix: str | None, role: str, array: np.ndarray) -> None:
+        self._tensors.setdefault(key, xxhash.xxh3_128()).update(bytes_of(array))
+        if matrix is not None:
+            if matrix not in self._codes:
+                self._finish()
+            state = self._codes.setdefault(matrix, xxhash.xxh3_128())
+            if role == "packed":
+                state.update(bytes_of(array))
+            else:
+                self._waiting.setdefault(matrix, {}).setdefault(role, []).append(array)
+
+    def _finish(self) -> None:
+        for matrix, roles in self._waiting.items():
+            for array in (array for arrays in roles.values() for array in arrays):
+                self._codes[matrix].update(bytes_of(array))
+        self._waiting.clear()
+
+    def tensors(self) -> dict[str, str]:
+        return {key: state.hexdigest() for key, state in self._tensors.items()}
+
+    def codes(self) -> dict[str, str]:
+        self._finish()
+        return {matrix: state.hexdigest() for matrix, state in self._codes.items()}
+
+
+# ---- from parameters to what files hold ----------------------------------------------------------------------------------------
+
+
+def _in_one_place(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
+
+
+def _stored(piece: Piece, values: Any, fmt: Format | None, bake: Format | None, row: int = 0) -> dict[str, Any]:
+    """What the files hold of the rows of a piece from `row` on, where these rows lie."""
+    quantizer = fmt or bake
+    if not piece.row.matrix or not quantizer:
+        return {"plain": values}
+    key = expert_keys(quantizer, piece, row, row + len(values))
+    return _encode(values, fmt, key)._asdict() if fmt else {"plain": through_format(values, bake, key)}
+
+
+def _stored_whole(piece: Piece, leaf: jax.Array, fmt: Format | None, bake: Format | None) -> dict[str, Any]:
+    """The same of a piece that is cut over devices; where they belong to several processes, every device gets all of it."""
+    return {role: whole(part) for role, part in _stored(piece, leaf if piece.slot is None else leaf[piece.slot], fmt, bake).items()}
+
+
+def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) -> Iterator[_Group]:
+    """All of a piece on this host, checked, as it is written."""
+    where, rows = f"export: tensor {piece.hf_key!r}", piece.shape[0]
+    step = max(1, GROUP_BYTES // (math.prod(piece.shape[1:]) * leaf.dtype.itemsize))
+    cut = None if _in_one_place(leaf) else _stored_whole(piece, leaf, fmt, bake)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        if cut is not None:
+            arrays = {role: rows_to_host(part, row, row + count) for role, part in cut.items()}
+        elif isinstance(leaf, jax.Array):
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, take_rows(leaf, piece.slot, row, count), fmt, bake, row).items()}
+        else:
+            values = leaf if piece.slot is None else leaf[piece.slot]
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, values[row : row + count], fmt, bake, row).items()}
+        if "plain" in arrays:
+            arrays = {"plain": _checked_plain(piece, arrays["plain"], where)}
+        else:
+            check_scales(arrays["scales"], where)
+        yield _Group(row, arrays)
+
+
+def _checked_plain(piece: Piece, values: np.ndarray, where: str) -> np.ndarray:
     # numpy rounds float32 to nearest even and, unlike XLA on a CPU, keeps subnormal numbers
-    array = arrays["plain"].astype(DTYPES["BF16"])
+    array = values.astype(DTYPES["BF16"])
     check_finite(array, where)
-    return {"plain": np.ascontiguousarray(array.swapaxes(1, 2) if piece.row.matrix else array)}
+    return np.ascontiguousarray(array.swapaxes(1, 2) if piece.row.matrix else array)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _encode(values, fmt: Format):
-    return fmt.encode(values)
+def _encode(values, fmt: Format, key):
+    return fmt.encode(values, key)

@@ -4,28 +4,31 @@ The hash of one quantized matrix is xxh3_128 over packed codes, then block scale
 [E, out, in/2] and MXFP4's stored blocks [E, out, in/32, 16] are the same bytes, so a file's tensors hash to what training computed.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import xxhash
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptoss_jax.checkpoint.hf_layout import pieces_of
 from gptoss_jax.model import GptOssConfig
 
-CHUNK_BYTES = 64 << 20
-
 
 def hash_arrays(arrays: Iterable[np.ndarray]) -> str:
-    """xxh3_128 (hex) of the bytes of arrays, one after the other; mapped files are read in chunks."""
+    """xxh3_128 (hex) of the bytes of arrays, one after the other."""
     state = xxhash.xxh3_128()
     for array in arrays:
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        for start in range(0, flat.size, CHUNK_BYTES):
-            state.update(flat[start : start + CHUNK_BYTES].data)
+        state.update(bytes_of(array))
     return state.hexdigest()
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def code_hashes(config: GptOssConfig, codes: Mapping[str, Any]) -> dict[str, str]:
@@ -56,3 +59,26 @@ def whole(array: Any) -> Any:
 def to_host(array: Any) -> np.ndarray:
     """The whole array on this host; of an array that spans processes every process must call this."""
     return np.asarray(whole(array))
+
+
+def rows_to_host(array: Any, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` (first dim) on this host, which no others reach. Every row must be on a device of this process (`whole`)."""
+    if not isinstance(array, jax.Array):
+        return array[start:stop]
+    out = np.empty((stop - start, *array.shape[1:]), array.dtype)
+    different = {str(shard.index): shard for shard in array.addressable_shards}  # of copies one is enough
+    for shard in different.values():
+        first, last, _ = shard.index[0].indices(array.shape[0])
+        begin, end = max(start, first), min(stop, last)
+        if begin < end:
+            out[(slice(begin - start, end - start), *shard.index[1:])] = np.asarray(take_rows(shard.data, None, begin - first, end - begin))
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def take_rows(array: jax.Array, slot: int | None, start: int, count: int) -> jax.Array:
+    """`array[start : start + count]`, or with a `slot` `array[slot, start : start + count]`; one program for all slots and starts."""
+    if slot is None:
+        return lax.dynamic_slice_in_dim(array, start, count)
+    begin = (slot, start, *([0] * (array.ndim - 2)))
+    return lax.dynamic_slice(array, begin, (1, count, *array.shape[2:]))[0]

@@ -1,4 +1,4 @@
-"""Reading and writing one safetensors file: strict header, memory-mapped tensors, streamed writing.
+"""Reading and writing one safetensors file: strict header, memory-mapped tensors, reads of slices, streamed writing.
 
 Format (huggingface/safetensors `tensor.rs`): 8 bytes little-endian header length, a JSON object `{name: {dtype, shape, data_offsets}}` with an
 optional `__metadata__` of strings, then the payload, which the offsets cover exactly. The reader is our own for three reasons: the numpy reader
@@ -6,8 +6,10 @@ of the library knows no F8 dtype, accepts duplicate JSON keys (the last one wins
 writes a non-contiguous array wrongly (safetensors 0.8.0), leaves orphans when killed, and wants every tensor of a shard in memory at once.
 """
 
+import itertools
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from gptoss_jax.errors import CorruptError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library; the header of the 120b release is below 1 MB
 MAX_DIMS = 8
+# A stretch of the file that is at least this long is read by a call of its own, straight into the result: 2.5 times as fast as copying from the
+# mapped file (7.2 and 3.0 GB/s from the page cache, 2.9 and 1.2 GB/s from disk, one thread). Shorter ones cost more calls than they save.
+RUN_BYTES = 16 << 10
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -81,20 +86,72 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """A validated safetensors file. `tensors` maps names to `TensorInfo`; `array(name)` is a read-only view of the mapped file."""
+    """A validated safetensors file. `tensors` maps names to `TensorInfo`; `array(name)` is a read-only view of the mapped file, `read` a copy of a
+    part of a tensor. Threads may read at the same time."""
 
     def __init__(self, path: Path):
         self.path = path
         self.tensors, self.metadata = _read_header(path)
 
     @cached_property
-    def _bytes(self) -> np.memmap:
-        return np.memmap(self.path, np.uint8, mode="r")
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, name: str) -> np.ndarray:
         """Memory-mapped view, of the stored shape and dtype; nothing is read before it is indexed."""
         info = self.tensors[name]
-        return np.asarray(self._bytes[info.begin : info.end]).view(DTYPES[info.dtype]).reshape(info.shape)
+        return np.frombuffer(self._map, np.uint8)[info.begin : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def read(self, name: str, ranges: tuple[slice, ...]) -> np.ndarray:
+        """`array(name)[ranges]` in memory of its own; of the file nothing else is read, beyond whole pages where stretches are short.
+
+        Args:
+          ranges: one slice per dim with a start and a stop inside it, without a step.
+        """
+        info = self.tensors[name]
+        out = np.empty([part.stop - part.start for part in ranges], DTYPES[info.dtype])
+        outer, run_bytes = _runs(info, ranges)
+        if run_bytes < RUN_BYTES:
+            out[...] = self.array(name)[ranges]
+            if ranges:
+                self._forget(info, ranges[0])
+            return out
+        strides = [math.prod(info.shape[i + 1 :]) for i in range(len(info.shape))]
+        rest = sum(part.start * stride for part, stride in zip(ranges[outer:], strides[outer:]))
+        flat = out.reshape(-1).view(np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            for number, index in enumerate(itertools.product(*(range(part.start, part.stop) for part in ranges[:outer]))):
+                element = sum(i * stride for i, stride in zip(index, strides)) + rest
+                self._read_run(file.fileno(), flat[number * run_bytes : (number + 1) * run_bytes], info.begin + element * out.itemsize)
+        return out
+
+    def _read_run(self, handle: int, out: np.ndarray, position: int) -> None:
+        done = 0
+        while done < out.size:  # one call gives at most 2 GiB
+            got = os.preadv(handle, [out[done:].data], position + done)
+            if not got:
+                raise CorruptError(f"{self.path}: truncated while it was read, at byte {position + done}")
+            done += got
+
+    def _forget(self, info: TensorInfo, rows: slice) -> None:
+        """Takes the pages of some rows out of this process's memory; they stay in the page cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            row_bytes = info.nbytes // info.shape[0]
+            start, stop = info.begin + rows.start * row_bytes, info.begin + rows.stop * row_bytes
+            start -= start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _runs(info: TensorInfo, ranges: tuple[slice, ...]) -> tuple[int, int]:
+    """(number of leading dims whose indices are stretches of their own in the file, bytes of each stretch)."""
+    outer, run = len(ranges), DTYPES[info.dtype].itemsize
+    while outer:
+        part, size = ranges[outer - 1], info.shape[outer - 1]
+        run, outer = run * (part.stop - part.start), outer - 1
+        if part.stop - part.start < size:
+            break
+    return outer, run
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -150,15 +207,14 @@ def _naturals(value: Any) -> bool:
 
 
 class SafetensorsWriter:
-    """Writes one file whose tensors arrive one at a time, in any order.
+    """Writes one file whose tensors arrive one at a time or in groups of rows, in any order.
 
     `with SafetensorsWriter(path, {name: (dtype name, shape)}) as writer: writer.write(name, array)`. The order in the file is that of the
     library (descending item size, then name). Leaving the block checks that all tensors came, and syncs the file to disk.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
-        self.path = path
-        self._todo = dict(tensors)
+        self.path, self._tensors = path, dict(tensors)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name)):
@@ -168,17 +224,25 @@ class SafetensorsWriter:
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._base = 8 + len(text)
-        self._begin = {name: self._base + header[name]["data_offsets"][0] for name in tensors}
-        self._file = path.open("xb")
+        base = 8 + len(text)
+        self._begin = {name: base + header[name]["data_offsets"][0] for name in tensors}
+        self._missing = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in tensors.items()}
+        self._file = path.open("xb", buffering=0)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        dtype, shape = self._todo.pop(name)
-        if array.dtype != DTYPES[dtype] or array.shape != shape:
-            raise ValueError(f"{name}: {array.dtype} {array.shape} given, {dtype} {shape} announced")
-        self._file.seek(self._begin[name])
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    def write(self, name: str, array: np.ndarray, row: int = 0) -> None:
+        """Writes the tensor, or its rows (along the first dim) from `row` on; each once."""
+        dtype, shape = self._tensors[name]
+        given = array.shape
+        fits = len(given) == len(shape) and given[1:] == shape[1:] and (not shape or row + given[0] <= shape[0])
+        if array.dtype != DTYPES[dtype] or not fits or array.nbytes > self._missing[name]:
+            raise ValueError(f"{name}: {array.dtype} {given} given from row {row} on, {dtype} {shape} announced")
+        self._missing[name] -= array.nbytes
+        position, content = self._begin[name], np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        position += row * (array.nbytes // given[0] if row else 0)
+        while content.size:  # one call takes at most 2 GiB
+            written = os.pwrite(self._file.fileno(), content.data, position)
+            position, content = position + written, content[written:]
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -186,9 +250,9 @@ class SafetensorsWriter:
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None:
-                if self._todo:
-                    raise ValueError(f"{self.path}: never written: {sorted(self._todo)}")
-                self._file.flush()
+                missing = sorted(name for name, size in self._missing.items() if size)
+                if missing:
+                    raise ValueError(f"{self.path}: not written in full: {missing}")
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()

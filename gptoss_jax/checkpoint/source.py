@@ -62,7 +62,7 @@ class SourceCheckpoint:
     revision: str | None = None  # commit of the hub repository, if it came from there
 
     def read(self, piece: Piece, ranges: tuple[slice, ...]) -> np.ndarray | EncodedSlice:
-        """A slice of one piece in our element order ([out, in], [E, out, in]): stored values (a mapped view), or codes.
+        """A slice of one piece in our element order ([out, in], [E, out, in]): stored values, or codes. Nothing else is read.
 
         Raises:
           CorruptError: a non-finite value or a scale that bfloat16 cannot hold, with tensor and file.
@@ -75,25 +75,24 @@ class SourceCheckpoint:
         begin, end = last.start // block, -(-last.stop // block)
         trim = slice(last.start - begin * block, last.stop - begin * block)
         scales = self._checked_scales(specs["scales"], (*outer, slice(begin, end)))
-        packed = self.store.array(specs["packed"].key).reshape(*piece.shape[:-1], -1)
-        packed = packed[(*outer, slice(begin * block // 2, end * block // 2))]
-        if self.layout.experts == "mxfp4":
-            return EncodedSlice(mxfp4.Codes(packed, scales), trim)
-        global_scale = self.store.array(specs["global_scale"].key)[outer[0]]
+        if self.layout.experts == "mxfp4":  # stored as [..., blocks, bytes of a block]
+            packed = self.store.read(specs["packed"].key, (*outer, slice(begin, end), slice(0, block // 2)))
+            return EncodedSlice(mxfp4.Codes(packed.reshape(*packed.shape[:-2], -1), scales), trim)
+        packed = self.store.read(specs["packed"].key, (*outer, slice(begin * block // 2, end * block // 2)))
+        global_scale = self.store.read(specs["global_scale"].key, ranges[:1])
         check_finite(global_scale, self.where(specs["global_scale"].key))
         return EncodedSlice(nvfp4.Codes(packed, scales, global_scale), trim)
 
     def _read_plain(self, piece: Piece, spec: TensorSpec, ranges: tuple[slice, ...]) -> np.ndarray:
-        stored = self.store.array(spec.key)
-        if piece.row.matrix and self.layout.transposed:
-            stored = stored.swapaxes(-1, -2)
         offset = piece.stored_rows(self.layout, self.config)
-        values = stored[(slice(ranges[0].start + offset, ranges[0].stop + offset), *ranges[1:])]
+        ranges = (slice(ranges[0].start + offset, ranges[0].stop + offset), *ranges[1:])
+        swapped = piece.row.matrix and self.layout.transposed
+        values = self.store.read(spec.key, (ranges[0], ranges[2], ranges[1]) if swapped else ranges)
         check_finite(values, self.where(spec.key))
-        return values
+        return values.swapaxes(-1, -2) if swapped else values
 
     def _checked_scales(self, spec: TensorSpec, ranges: tuple[slice, ...]) -> np.ndarray:
-        scales = self.store.array(spec.key)[ranges]
+        scales = self.store.read(spec.key, ranges)
         check_scales(scales, self.where(spec.key))
         return scales
 

@@ -4,7 +4,7 @@ Clients disagree about a bad index: transformers follows `../elsewhere.safetenso
 equal names wins in both. Here every disagreement is an error.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from gptoss_jax.errors import CorruptError, UsageError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64_000_000
+CHUNK_BYTES = 64 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
 class TensorStore:
-    """All tensors of a directory. `infos[name]` says where one lies, `array(name)` is a read-only view of the mapped file."""
+    """All tensors of a directory. `infos[name]` says where one lies; `array(name)` is a read-only view of the mapped file, `read` copies a part."""
 
     directory: Path
     files: Mapping[str, SafetensorsFile]
@@ -31,6 +32,19 @@ class TensorStore:
 
     def array(self, name: str) -> np.ndarray:
         return self.files[self.infos[name].file.name].array(name)
+
+    def read(self, name: str, ranges: tuple[slice, ...]) -> np.ndarray:
+        return self.files[self.infos[name].file.name].read(name, ranges)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """A whole tensor as groups of rows of about 64 MiB, one after the other."""
+        shape = self.infos[name].shape
+        if not shape:
+            yield self.read(name, ())
+            return
+        step = max(1, CHUNK_BYTES * shape[0] // max(1, self.infos[name].nbytes))
+        for start in range(0, shape[0], step):
+            yield self.read(name, (slice(start, min(start + step, shape[0])), *(slice(0, size) for size in shape[1:])))
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_jax.checkpoint.ahead import in_order
 from gptoss_jax.checkpoint.compare import hash_differences, stored_code_hashes, value_differences
 from gptoss_jax.checkpoint.conformance import DEMANDS, Note
 from gptoss_jax.checkpoint.hashes import hash_arrays
@@ -17,6 +18,7 @@ from gptoss_jax.errors import CorruptError
 from gptoss_jax.formats import Format, Mxfp4, Nvfp4, format_from_dict
 from gptoss_jax.model import Params
 
+HASH_THREADS = 4
 Against = str | Path | SourceCheckpoint | Mapping[str, str] | Params
 
 
@@ -121,9 +123,12 @@ def _format_of(source: SourceCheckpoint) -> Format | None:
     recorded = manifest.get("bake") or manifest.get("format")
     if recorded and recorded.get("name") != "bf16":
         try:
-            return format_from_dict(recorded)
+            fmt = format_from_dict(recorded)
         except ValueError as error:
             raise CorruptError(f"{source.path / MANIFEST}: {error}") from None
+        if fmt.export_problem:
+            raise CorruptError(f"{source.path / MANIFEST}: {fmt} cannot have been exported: {fmt.export_problem}")
+        return fmt
     return {"mxfp4": Mxfp4(), "nvfp4": Nvfp4(), "bf16": None}[source.layout.experts]
 
 
@@ -136,7 +141,9 @@ def _compare_manifest(source: SourceCheckpoint) -> Iterable[str]:
     recorded = _manifest(source).get("xxh3_128", {})
     if set(recorded) != {"files", "codes", "tensors"}:
         raise CorruptError(f"{source.path / MANIFEST}: xxh3_128 must hold files, codes and tensors")
-    tensors = {key: hash_arrays([source.store.array(key)]) for key in source.store.infos}
+    keys = list(source.store.infos)
+    hashes = in_order((lambda key=key: hash_arrays(source.store.chunks(key)) for key in keys), threads=HASH_THREADS, ahead=2 * HASH_THREADS)
+    tensors = dict(zip(keys, hashes))
     yield from hash_differences(tensors, recorded["tensors"], "bytes")
     present = [name for name in recorded["files"] if (source.path / name).is_file()]
     files = {name: hash_arrays([np.fromfile(checked_path(source.path, name), np.uint8)]) for name in present}

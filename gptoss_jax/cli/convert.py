@@ -1,5 +1,6 @@
 """`gptoss-jax import`, `export`, `verify`: checkpoints in and out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,6 +38,8 @@ def export(
     target: Annotated[Path, tyro.conf.Positional],
     format: Literal["mxfp4", "nvfp4", "bf16"] | None = None,
     scale_rule: Literal["rceil", "floor", "even", "mse"] | None = None,
+    element_round: Literal["rne", "away", "sr", "dither"] | None = None,
+    round_seed: int | None = None,
     max_shard_gb: float = 5.0,
 ) -> None:
     """Writes a safetensors directory, verifies it, and only then gives it its name.
@@ -49,6 +52,9 @@ def export(
         target: new directory.
         format: number format of the expert weights; default: what the checkpoint was trained for.
         scale_rule: rule of MXFP4 block scales; default: the trained one, else rceil.
+        element_round: how 4-bit elements are rounded: rne, to nearest, as training does (away: ties away from zero); sr, stochastically; dither,
+            with noise spread evenly along rows. Anything but rne exports other weights than a QAT checkpoint was trained with.
+        round_seed: seed of sr and dither, recorded in the export.
         max_shard_gb: largest file, in 10^9 bytes.
     """
     import jax.numpy as jnp
@@ -56,7 +62,7 @@ def export(
     from gptoss_jax.checkpoint import export_hf, verify_dir
     from gptoss_jax.checkpoint.models import export_format, load_model
     from gptoss_jax.errors import UsageError
-    from gptoss_jax.formats import Mxfp4, get_format
+    from gptoss_jax.formats import get_format
 
     if max_shard_gb <= 0:
         raise UsageError(f"--max-shard-gb must be positive, not {max_shard_gb}")
@@ -66,17 +72,23 @@ def export(
         raise UsageError(f"{source} was trained for no 4-bit format: say which with --format mxfp4, nvfp4 or bf16")
     if format == "bf16":
         fmt, bake = "bf16", trained
+        for option, value in (("--scale-rule", scale_rule), ("--element-round", element_round), ("--round-seed", round_seed)):
+            if value is not None:
+                raise UsageError(f"{option} is for 4-bit formats, not bf16")
     else:
         fmt, bake = (trained if trained and format in (None, trained.name) else get_format(format)), None
-        if scale_rule is not None:
-            if fmt.name != "mxfp4":
-                raise UsageError(f"--scale-rule is for mxfp4, not {fmt.name}")
-            fmt = Mxfp4(scale_rule=scale_rule)
+        if scale_rule is not None and fmt.name != "mxfp4":
+            raise UsageError(f"--scale-rule is for mxfp4, not {fmt.name}")
+        options = {"scale_rule": scale_rule, "element_round": element_round, "seed": round_seed}
+        try:
+            fmt = dataclasses.replace(fmt, **{name: value for name, value in options.items() if value is not None})
+        except ValueError as error:
+            raise UsageError(f"--format {fmt.name}: {error}") from None
     path = export_hf(
         target, model.config, model.params, format=fmt, bake=bake, source_dir=model.directory, max_shard_bytes=int(max_shard_gb * 1e9),
         provenance=model.source,
     )  # fmt: skip
-    print(f"{path}: {fmt if isinstance(fmt, str) else fmt.name}, verified")
+    print(f"{path}: {fmt}, verified")
     if trained and fmt == trained:
         report = verify_dir(path, against=model.code_hashes)
         print(f"codes {'equal' if report.ok else 'DIFFER FROM'} those that training computed ({len(model.code_hashes)} expert matrices)")

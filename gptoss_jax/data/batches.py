@@ -3,7 +3,7 @@
 The order is a grain `MapDataset`: every epoch is a fresh permutation made from (seed, epoch), epochs follow each other without a gap, and a batch may
 hold rows of two epochs. It has random access, so the position is one number, and a resume continues exactly.
 The order is that of the global batch whatever the number of processes and devices; a process takes only its share of the rows of each batch. The
-packed rows themselves are made by every process.
+packed rows of all are in every process (data/together.py).
 """
 
 from collections.abc import Iterator

@@ -2,6 +2,8 @@
 
 Texts of a chunk are dropped once they are tokens, so memory is that of the token arrays and one chunk. Everything is decided here before anything is
 compiled: what cannot be trained on is an error, what looks like a mistake a warning.
+
+Of many processes each checks, renders and tokenizes its share of the rows, and they exchange the tokens (data/together.py).
 """
 
 from collections import Counter
@@ -18,7 +20,9 @@ from gptoss_jax.data.harmony import Encoded, HarmonyEncoder, Piece, System, Trai
 from gptoss_jax.data.mixture import mix, split_rows
 from gptoss_jax.data.packing import Packed, TooLong, pack
 from gptoss_jax.data.sources import Conversation, Source, conversations, refuse_bad
+from gptoss_jax.data.together import Share, gathered_rows
 from gptoss_jax.errors import UsageError
+from gptoss_jax.sharding.distributed import on_each
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 8_000_000
 # called with (conversations read, tokens so far) after every chunk
@@ -29,16 +33,38 @@ Examples = list[list[list[Piece]]]
 
 @dataclass
 class SourceCount:
-    """What a source holds. `layouts` counts its good rows by the layout of their columns, `problems` are its bad ones."""
+    """What a source holds. `layouts` counts its good rows by the layout of their columns, `problems` are its bad ones, by number."""
 
     source: Source
     layouts: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    by_number: dict[int, str] = field(default_factory=dict)
     num_without_thinking: int = 0
 
     @property
     def num_rows(self) -> int:
         return self.layouts.total()
+
+    @property
+    def problems(self) -> list[str]:
+        return list(self.by_number.values())
+
+    def add(self, chunk: Sequence[Conversation]) -> list[dict[str, Any]]:
+        """Counts a chunk; returns its good rows."""
+        good = [c for c in chunk if c.problem is None]
+        self.layouts.update(c.layout for c in good)
+        self.by_number.update((c.number, c.problem) for c in chunk if c.problem is not None)
+        self.num_without_thinking += sum(not c.row["messages"][-1].get("thinking") for c in good)
+        return [c.row for c in good]
+
+    def plain(self) -> list[Any]:
+        return [dict(self.layouts), list(self.by_number.items()), self.num_without_thinking]
+
+    @classmethod
+    def merged(cls, source: Source, shares: Sequence[list[Any]]) -> "SourceCount":
+        """From what `plain` gave for every share of the rows."""
+        layouts, problems, num_without_thinking = zip(*shares)
+        by_number = dict(sorted((number, text) for share in problems for number, text in share))
+        return cls(source, sum(map(Counter, layouts), Counter()), by_number, sum(num_without_thinking))
 
 
 class Corpus(NamedTuple):
@@ -54,11 +80,12 @@ class Corpus(NamedTuple):
 class _CorpusBuilder:
     def __init__(self):
         self.documents, self.counts = DocumentsBuilder(), []
-        self._per_conversation, self._source_of, self._hashes = [], [], []
+        self._per_conversation, self._source_of, self._hashes, self._numbers = [], [], [], []
 
-    def add(self, encoded: list[list[Encoded]]) -> None:
-        """Conversations of the source that comes next."""
+    def add(self, encoded: list[list[Encoded]], numbers: list[int]) -> None:
+        """Conversations of the source that comes next, which are these of its rows."""
         self._per_conversation += map(len, encoded)
+        self._numbers += numbers
         self._source_of += [len(self.counts)] * len(encoded)
         self._hashes += [xxhash.xxh3_64_intdigest(b"".join(document.ids.tobytes() for document in documents)) for documents in encoded]
         self.documents.add(document for documents in encoded for document in documents)
@@ -66,10 +93,12 @@ class _CorpusBuilder:
     def __len__(self) -> int:
         return len(self._source_of)
 
-    def build(self) -> Corpus:
-        count = np.array(self._per_conversation, np.int64)
-        span = Span(np.cumsum(count) - count, count)
-        return Corpus(self.documents.build(), span, np.array(self._source_of, np.int32), np.array(self._hashes, np.uint64), self.counts)
+    def build(self, together: bool) -> Corpus:
+        count, numbers = np.array(self._per_conversation, np.int64), np.array(self._numbers, np.int64)
+        documents, source_of, hash_of = self.documents.build(), np.array(self._source_of, np.int32), np.array(self._hashes, np.uint64)
+        if together:
+            documents, count, source_of, hash_of = gathered_rows(documents, count, numbers, source_of, hash_of)
+        return Corpus(documents, Span(np.cumsum(count) - count, count), source_of, hash_of, self.counts)
 
 
 @dataclass(frozen=True)
@@ -84,33 +113,45 @@ class Pipeline:
     system: System | None = None
     skip_bad_rows: bool = False
 
-    def tokenize(self, sources: Sequence[Source], tick: Tick = lambda rows, tokens: None, *, keep_bad: bool = False) -> Corpus:
+    def tokenize(
+        self, sources: Sequence[Source], tick: Tick = lambda rows, tokens: None, *, keep_bad: bool = False, together: bool = False
+    ) -> Corpus:
         """Reads and encodes every row. With `keep_bad`, bad rows and empty sources are only counted.
+
+        Args:
+          together: all processes of the run call this, and each does its share; the result is the same on all, and that of a single process.
 
         Raises:
           CorruptError: bad rows, unless they are skipped; the message names file and line of each.
-          UsageError: a source that does not exist or has no rows.
+          UsageError: a source that does not exist or has no rows, or whose rows are not the same on all processes.
         """
         encode, builder = HarmonyEncoder(self.tokenizer).encode, _CorpusBuilder()
         for source in sources:
-            count = SourceCount(source)
-            for examples in self._rendered(source, count, keep_bad or self.skip_bad_rows):
-                builder.add(_encode(encode, examples))
-                tick(len(builder), builder.documents.num_tokens)
+            share = Share.of_process() if together else Share()
+
+            def read(source=source, share=share):
+                count = SourceCount(source)
+                for numbers, examples in self._rendered(source, count, share, keep_bad or self.skip_bad_rows):
+                    builder.add(_encode(encode, examples), numbers)
+                    tick(len(builder), builder.documents.num_tokens)
+                return [share.digest(), count.plain()]
+
+            digests, counts = zip(*(on_each(read) if together else [read()]))
+            share.check(source, digests)
+            count = SourceCount.merged(source, counts)
             if not keep_bad:
                 refuse_bad(source, count.num_rows, count.problems, self.skip_bad_rows)
             builder.counts.append(count)
-        return builder.build()
+        return builder.build(together)
 
-    def _rendered(self, source: Source, count: SourceCount, keep_bad: bool) -> Iterator[Examples]:
-        """The training documents of each conversation (none, one or several; data/examples.py), chunk by chunk; counts what it reads."""
-        for chunk in chunks(source):
-            good = [c.row for c in chunk if c.problem is None]
-            count.layouts.update(c.layout for c in chunk if c.problem is None)
-            count.problems += [c.problem for c in chunk if c.problem is not None]
-            count.num_without_thinking += sum(not row["messages"][-1].get("thinking") for row in good)
-            if keep_bad or not count.problems:  # otherwise the set will be refused: look for more problems only
-                yield [training_examples(row, system=self.system, train_on=self.train_on) for row in good]
+    def _rendered(self, source: Source, count: SourceCount, share: Share, keep_bad: bool) -> Iterator[tuple[list[int], Examples]]:
+        """Row numbers, and the training documents of each conversation (none, one or several; data/examples.py), chunk by chunk; counts what it
+        reads."""
+        for chunk in chunks(source, share):
+            good = count.add(chunk)
+            if keep_bad or not count.by_number:  # otherwise the set will be refused: look for more problems only
+                numbers = [c.number for c in chunk if c.problem is None]
+                yield numbers, [training_examples(row, system=self.system, train_on=self.train_on) for row in good]
 
     def pack(self, name: str, selected: "Selected") -> Packed:
         """The rows of a set. UsageError, beginning with `name`, where nothing is left to train on."""
@@ -130,11 +171,11 @@ def _encode(encode: Callable[[list[list[Piece]]], list[Encoded]], examples: Exam
     return [list(islice(encoded, len(of_row))) for of_row in examples]
 
 
-def chunks(source: Source) -> Iterator[list[Conversation]]:
-    """Lists of conversations, closed after 1000 rows or 8 M characters, whichever comes first."""
+def chunks(source: Source, share: Share) -> Iterator[list[Conversation]]:
+    """Lists of conversations of a share, closed after 1000 rows or 8 M characters, whichever comes first."""
     chunk: list[Conversation] = []
     characters = 0
-    for conversation in conversations(source):
+    for conversation in conversations(source, share.takes):
         chunk.append(conversation)
         if conversation.row is not None:
             characters += sum(len(message.get("content") or "") + len(message.get("thinking") or "") for message in conversation.row["messages"])

@@ -2,7 +2,7 @@
 the message shows the first ones and counts the rest.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ class Conversation(NamedTuple):
     layout: str | None
     row: dict[str, Any] | None
     problem: str | None = None
+    number: int = 0  # of the row in its source
 
 
 class Loaded(NamedTuple):
@@ -62,17 +63,19 @@ class Loaded(NamedTuple):
     problems: list[str]
 
 
-def conversations(source: Source) -> Iterator[Conversation]:
-    """All rows of a source, one after another; nothing is kept. UsageError and CorruptError as `files.read`."""
-    for where, raw in islice(read(source.path, source.split), source.limit):
+def conversations(source: Source, wanted: Callable[[int, Any], bool] = lambda number, raw: True) -> Iterator[Conversation]:
+    """The rows of a source that are `wanted`, one after another; nothing is kept. UsageError and CorruptError as `files.read`."""
+    for number, (where, raw) in enumerate(islice(read(source.path, source.split), source.limit)):
+        if not wanted(number, raw):
+            continue
         layout = None
         try:
             if isinstance(raw, BadRow):
                 raise raw
             layout, row = to_conversation(raw, source.columns, source.response)
-            yield Conversation(where, layout, check_row(row))
+            yield Conversation(where, layout, check_row(row), None, number)
         except BadRow as bad:
-            yield Conversation(where, layout, None, f"{where}: {bad}")
+            yield Conversation(where, layout, None, f"{where}: {bad}", number)
 
 
 def load_rows(source: str | Path | Source, *, split: str | None = None, skip_bad_rows: bool = False) -> Loaded:

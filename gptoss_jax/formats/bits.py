@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 EXP_SHIFT = 23  # float32 mantissa bits
 MIN_NORMAL = 1 << EXP_SHIFT  # bits of 2**-126, the smallest normal float32
 INF = 0xFF << EXP_SHIFT  # bits of +inf; larger magnitudes are NaN
+NAN = 0x7FC00000
 BLOCK_SIZES = (16, 32, 64)  # that the codecs compute with; what files hold is narrower
 
 
@@ -29,6 +30,13 @@ def to_bits(x: Float[Array, "*shape"]) -> Int32[Array, "*shape"]:
 def from_bits(bits: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """The float32 with these bits."""
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def e8m0_value(scales: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """2**(scale - 127), and NaN for 255. Byte 0 is subnormal: a product with it may be flushed."""
+    scales = scales.astype(jnp.int32)
+    bits = jnp.where(scales == 0, MIN_NORMAL >> 1, scales << EXP_SHIFT)
+    return from_bits(jnp.where(scales == 255, NAN, bits))
 
 
 def magnitude(bits: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:

@@ -56,8 +56,9 @@ class FormatOptions:
     always_recorded: ClassVar[tuple[str, ...]] = ()  # written even at their defaults; the defaults of all others are fixed for good
 
     def to_dict(self) -> dict[str, Any]:
-        recorded = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in self.always_recorded or getattr(self, f.name) != f.default}
-        return {"name": self.name, **recorded}
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {"name": self.name} | {key: value for key, value in options.items() if key in self.always_recorded or value != defaults[key]}
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.to_dict().items() if key != "name")
@@ -73,7 +74,9 @@ class FormatOptions:
 
     def _rounding_problem(self) -> str | None:
         """Why the rounding of the elements cannot be reproduced from what a file records."""
-        return f"element_round={self.element_round!r} needs a seed, from which the rounding of a file is reproduced" if self.stochastic and self.seed is None else None
+        if self.stochastic and self.seed is None:
+            return f"element_round={self.element_round!r} needs a seed, from which the rounding of a file can be reproduced"
+        return None
 
     def _check_seed(self) -> None:
         if self.seed is not None and not self.stochastic:

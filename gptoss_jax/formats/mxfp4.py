@@ -40,7 +40,6 @@ from gptoss_jax.formats.scale_rules import SCALE_RULES, scaled_bits
 
 BLOCK_SIZE = 32
 NAN_SCALE = 255
-_NAN_BITS = 0x7FC00000
 
 # Bits of the midpoints between neighbouring E2M1 magnitudes.
 _MIDPOINTS = (0x3E800000, 0x3F400000, 0x3FA00000, 0x3FE00000, 0x40200000, 0x40600000, 0x40A00000)
@@ -130,10 +129,7 @@ def encode_decode(
 def parts(q: Codes, block_size: int = BLOCK_SIZE) -> Parts:
     """Elements and scales as float32; raises as `decode` does."""
     _check_codes(q, block_size)
-    scales = q.scales[..., None].astype(jnp.int32)
-    scale_bits = jnp.where(scales == 0, fb.MIN_NORMAL >> 1, scales << fb.EXP_SHIFT)  # 2**-127 is subnormal
-    scale = fb.from_bits(jnp.where(scales == NAN_SCALE, _NAN_BITS, scale_bits))
-    return Parts(e2m1_value(fb.split_blocks(fb.unpack(q.packed), block_size)), scale)
+    return Parts(e2m1_value(fb.split_blocks(fb.unpack(q.packed), block_size)), fb.e8m0_value(q.scales[..., None]))
 
 
 def _check_codes(q: Codes, block_size: int) -> None:

@@ -38,15 +38,17 @@ def as_words(key: jax.Array) -> Key:
         key = jax.random.key_data(key)
         key = key if key.shape[-1] == 2 else key[..., :2] ^ mix(key[..., 2:])  # rbg keys have four words
     if getattr(key, "dtype", None) != jnp.uint32 or key.ndim == 0 or key.shape[-1] != 2:
-        raise TypeError(f"a key is jax.random.key(...) or uint32 [..., 2], not {getattr(key, 'dtype', type(key).__name__)} {getattr(key, 'shape', '')}")
+        found = f"{key.dtype} {key.shape}" if hasattr(key, "dtype") else type(key).__name__
+        raise TypeError(f"a key is jax.random.key(...) or uint32 [..., 2], not {found}")
     return jnp.asarray(key)
 
 
-def matrix_keys(seed: int, name: str, count: int) -> UInt32[np.ndarray, "count 2"]:
-    """Keys of the matrices 0..count-1 of one named tensor, on the host. They do not depend on `count`."""
+def matrix_keys(seed: int, name: str, matrices: np.ndarray | range) -> UInt32[np.ndarray, "M 2"]:
+    """Keys of the matrices with these indices in one named tensor, on the host. Each depends on seed, name and its own index alone."""
     with np.errstate(over="ignore"):
-        of_tensor = mix(mix(np.array([seed, seed], np.uint32) ^ np.array([0, _GOLDEN], np.uint32)) ^ np.uint32(zlib.crc32(name.encode())))
-        return mix(of_tensor + mix(np.arange(count, dtype=np.uint32))[:, None])
+        seeds = np.uint32(seed) ^ np.array([0, _GOLDEN], np.uint32)
+        of_tensor = mix(mix(seeds) ^ np.uint32(zlib.crc32(name.encode())))
+        return mix(of_tensor + mix(np.asarray(matrices, np.uint32))[:, None])
 
 
 def random_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:

@@ -16,6 +16,11 @@ are rounded).
 In both modes the maximum is taken over the finite elements, and a block with NaN or infinity gets scale 0x7F (E4M3 NaN) and codes of
 magnitude 0: it alone decodes to NaN. Under sharding the maximum is an ordinary `max` over the whole matrix, so XLA reduces it
 across shards.
+
+For research, in both modes (`Options`): four-over-six, which keeps of two block scales the one with the smaller error of the block; block scales
+rounded up, so that nothing is clipped (nearest ones clip what lies up to 6.25 % above 6); one global scale for all experts of a projection; and a
+maximum that is given instead of measured, be it a constant or that of an earlier step: what exceeds it saturates, first the scales at 448, then
+the elements at 6.
 """
 
 from functools import partial
@@ -28,18 +33,17 @@ from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int32, UInt8, UInt32
 
 from gptoss_jax.formats import bits as fb
-from gptoss_jax.formats.minifloat import E2M1_MAX, E4M3_NAN, e2m1_index, e2m1_value, e4m3_byte, e4m3_value
+from gptoss_jax.formats.bits import check_block_size
+from gptoss_jax.formats.element_round import check_element_round, checked_key, rounded_index
+from gptoss_jax.formats.minifloat import E2M1, E4M3_NAN, e2m1_index, e2m1_value, e4m3_value
+from gptoss_jax.formats.noise import Key
+from gptoss_jax.formats.nvfp4_scales import block_error, exact_scales, is_less, pow2_scales, quotient_bits
 from gptoss_jax.formats.parts import Parts
 
 BLOCK_SIZE = 16
 GLOBAL_SCALES = ("pow2", "exact")
-
-_MIN_GLOBAL_EXP = -115  # 0.25 * 2**-9 * 2**-115 = 2**-126: the smallest midpoint is still normal
-_MIN_GLOBAL_BITS = (127 + _MIN_GLOBAL_EXP) << fb.EXP_SHIFT
-_E4M3_MIN_BITS = (127 - 9) << fb.EXP_SHIFT  # 2**-9, the smallest positive E4M3
-_E4M3_BYTE_OF_1 = 0x38
-_BITS_OF_1 = 0x3F800000
-_BITS_OF_2688 = 0x45280000  # 6 * 448
+FOUR_SIX = (None, "mse", "mae")
+SCALE_ROUNDS = ("rne", "up")
 
 
 class Codes(NamedTuple):
@@ -50,150 +54,194 @@ class Codes(NamedTuple):
     global_scale: Float32[Array, "*matrices"]  # x.shape[:-2]; a scalar for 1-D and 2-D arrays
 
 
-def check_options(global_scale: str) -> None:
+class Options(NamedTuple):
+    """What `encode` can be told.
+
+    global_scale: "pow2" or "exact". element_round: a name of `ELEMENT_ROUNDS`. block_size: 16 in every file; 32 and 64 for research.
+    four_six: the error ("mse", "mae") by which a block takes the scale amax/4 instead of amax/6, elements rounded to nearest in both cases.
+    scale_round: block scales to "rne" or "up". per_expert: one global scale per matrix, or per stack of matrices (the last three dims).
+    """
+
+    global_scale: str = "pow2"
+    element_round: str = "rne"
+    block_size: int = BLOCK_SIZE
+    four_six: str | None = None
+    scale_round: str = "rne"
+    per_expert: bool = True
+
+
+def check_options(options: Options) -> None:
     """Raises ValueError unless `encode` can do this."""
-    if global_scale not in GLOBAL_SCALES:
-        raise ValueError(f"unknown global scale {global_scale!r}; known are {', '.join(GLOBAL_SCALES)}")
+    for what, value, known in (
+        ("global scale", options.global_scale, GLOBAL_SCALES),
+        ("four_six", options.four_six, FOUR_SIX),
+        ("scale rounding", options.scale_round, SCALE_ROUNDS),
+        ("per_expert", options.per_expert, (True, False)),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; known are {', '.join(map(str, known))}")
+    check_element_round(options.element_round)
+    check_block_size(options.block_size)
 
 
-def encode(x: Float[Array | np.ndarray, "*batch n"], global_scale: str = "pow2") -> Codes:
-    """Encodes float32 or bfloat16 along the last dim, whose width must be a multiple of 16.
+def encode(
+    x: Float[Array | np.ndarray, "*batch n"],
+    global_scale: str = "pow2",
+    *,
+    options: Options | None = None,
+    key: Key | None = None,
+    amax: Float[Array | np.ndarray, "*matrices"] | float | None = None,
+) -> Codes:
+    """Encodes float32 or bfloat16 along the last dim, whose width must be a multiple of the block size.
+
+    Args:
+      options: everything that can be told, instead of `global_scale` alone.
+      key: for stochastic rounding, and for nothing else; shape [*lead, 2] as in `noise`.
+      amax: positive, taken for the maximum of every matrix; shape x.shape[:-2] or a scalar.
 
     Raises:
-      TypeError: another dtype.
-      ValueError: bad width or unknown kind of global scale.
+      TypeError: another dtype; a key missing, not wanted, or none.
+      ValueError: bad width or unknown option.
     """
-    check_options(global_scale)
-    return _encode(fb.as_input(x), global_scale)
+    options = options or Options(global_scale)
+    check_options(options)
+    return _encode(fb.as_input(x), checked_key(options.element_round, key), _amax_bits(amax), options)
 
 
-def decode(q: Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
+def decode(q: Codes, dtype=jnp.bfloat16, block_size: int = BLOCK_SIZE) -> Float[Array, "*batch n"]:
     """code * (scale * global_scale) in float32, then converted to dtype (exact for bfloat16 with a power-of-two global scale).
 
     Raises:
       TypeError: packed is not uint8, scales are not float8_e4m3fn or global_scale is not float32.
       ValueError: the shapes do not belong together.
     """
-    if q.packed.shape != (*q.scales.shape[:-1], q.scales.shape[-1] * BLOCK_SIZE // 2) or q.global_scale.shape != q.scales.shape[:-2]:
+    _check_codes(q, block_size)
+    return _decode(q, jnp.dtype(dtype), block_size)
+
+
+def encode_decode(
+    x: Float[Array | np.ndarray, "*batch n"], options: Options, dtype, key: Key | None = None, amax: Float[Array, "*matrices"] | float | None = None
+) -> tuple[Float[Array, "*batch n"], Codes]:
+    """(decode(q, dtype), q) with q = encode(x), bit for bit, but not unpacking what was just packed. For fake quantization."""
+    check_options(options)
+    return _encode_decode(fb.as_input(x), checked_key(options.element_round, key), _amax_bits(amax), options, jnp.dtype(dtype))
+
+
+def parts(q: Codes, block_size: int = BLOCK_SIZE) -> Parts:
+    """Elements, and block scale * global scale, as float32; raises as `decode` does."""
+    _check_codes(q, block_size)
+    return Parts(e2m1_value(fb.split_blocks(fb.unpack(q.packed), block_size)), _steps(q.scales, q.global_scale)[..., None])
+
+
+def tensor_amax(x: Float[Array, "*batch n"], per_expert: bool = True) -> Float32[Array, "*matrices"]:
+    """The largest finite magnitude of every matrix (or of every stack of them), as `encode` measures it and takes as `amax` at a later step."""
+    x = fb.as_input(x)
+    bits = fb.to_bits(x)[..., None, :]
+    return fb.from_bits(_measured_amax(bits, fb.magnitude(bits), per_expert)).reshape(x.shape[:-2])
+
+
+def _amax_bits(amax) -> Int32[Array, "*matrices"] | None:
+    return None if amax is None else fb.magnitude(fb.to_bits(jnp.asarray(amax, jnp.float32)))
+
+
+def _check_codes(q: Codes, block_size: int) -> None:
+    if q.packed.shape != (*q.scales.shape[:-1], q.scales.shape[-1] * block_size // 2) or q.global_scale.shape != q.scales.shape[:-2]:
         raise ValueError(
             f"packed {tuple(q.packed.shape)}, scales {tuple(q.scales.shape)} and global_scale {tuple(q.global_scale.shape)} are not one "
-            "NVFP4 array (8 bytes per scale, one global scale per matrix)"
+            f"NVFP4 array ({block_size // 2} bytes per scale, one global scale per matrix)"
         )
     for field, dtype_of_field in zip(q._fields, (jnp.uint8, jnp.float8_e4m3fn, jnp.float32), strict=True):
         if getattr(q, field).dtype != dtype_of_field:
             raise TypeError(f"NVFP4 {field} must be {jnp.dtype(dtype_of_field)}, not {getattr(q, field).dtype}")
-    return _decode(q, jnp.dtype(dtype))
 
 
-def parts(q: Codes) -> Parts:
-    """Elements, and block scale * global scale, as float32."""
-    return Parts(e2m1_value(fb.split_blocks(fb.unpack(q.packed), BLOCK_SIZE)), _steps(q.scales, q.global_scale)[..., None])
-
-
-def encode_decode(x: Float[Array | np.ndarray, "*batch n"], global_scale: str, dtype) -> tuple[Float[Array, "*batch n"], Codes]:
-    """(decode(q, dtype), q) with q = encode(x), bit for bit, but not unpacking what was just packed. For fake quantization."""
-    check_options(global_scale)
-    return _encode_decode(fb.as_input(x), global_scale, jnp.dtype(dtype))
-
-
-@partial(jax.jit, static_argnums=1)
-def _encode(x, global_scale):
-    codes, scales, g = _encode_unpacked(x, global_scale)
+@partial(jax.jit, static_argnums=3)
+def _encode(x, key, amax, options):
+    codes, scales, g = _encode_unpacked(x, key, amax, options)
     return Codes(fb.pack(codes), scales, g)
 
 
-@partial(jax.jit, static_argnums=1)
-def _decode(q, dtype):
-    return _decode_unpacked(fb.unpack(q.packed), q.scales, q.global_scale, dtype)
-
-
 @partial(jax.jit, static_argnums=(1, 2))
-def _encode_decode(x, global_scale, dtype):
-    codes, scales, g = _encode_unpacked(x, global_scale)
-    return _decode_unpacked(codes, scales, g, dtype), Codes(fb.pack(codes), scales, g)
+def _decode(q, dtype, block_size):
+    return _decode_unpacked(fb.unpack(q.packed), q.scales, q.global_scale, dtype, block_size)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _encode_decode(x, key, amax, options, dtype):
+    codes, scales, g = _encode_unpacked(x, key, amax, options)
+    return _decode_unpacked(codes, scales, g, dtype, options.block_size), Codes(fb.pack(codes), scales, g)
 
 
 def _encode_unpacked(
-    x: Float[Array, "*batch n"], global_scale: str
+    x: Float[Array, "*batch n"], key: Key | None, amax: Int32[Array, "*matrices"] | None, options: Options
 ) -> tuple[UInt32[Array, "*batch n"], Float8e4m3fn[Array, "*batch C"], Float32[Array, "*matrices"]]:
-    """Codes, block scales and global scales."""
-    x_bits = fb.split_blocks(fb.to_bits(x), BLOCK_SIZE)
+    """Codes, block scales and global scales. amax: bits of the maxima, where they are given."""
+    x_bits = fb.split_blocks(fb.to_bits(x), options.block_size)
     mag = fb.magnitude(x_bits)
     amax_block = fb.block_maximum(x_bits)
-    matrix_dims = tuple(range(max(mag.ndim - 3, 0), mag.ndim))
-    amax = jnp.max(fb.block_maximum(jnp.where(mag < fb.INF, x_bits, 0)), axis=matrix_dims, keepdims=True)
-    if global_scale == "pow2":
-        g, byte = _pow2_scales(amax, amax_block)
+    if amax is None:
+        amax = _measured_amax(x_bits, mag, options.per_expert)
     else:
-        g, byte = _exact_scales(amax, amax_block)
+        amax = jnp.broadcast_to(amax, x.shape[:-2]).reshape(*x.shape[:-2], *[1] * (x_bits.ndim - len(x.shape[:-2])))
+    scales = pow2_scales if options.global_scale == "pow2" else exact_scales
+    g, (byte, *at_4) = scales(amax, amax_block, options.four_six is not None, options.scale_round == "up")
+    if options.four_six:
+        errors = [block_error(mag, amax_block, _nearest_magnitude(mag, amax_block, b, g, options), options.four_six) for b in (byte, *at_4)]
+        byte = jnp.where(is_less(errors[1], errors[0]), at_4[0], byte)
     byte = jnp.where(amax_block < fb.INF, byte, E4M3_NAN).astype(jnp.uint8)
     step = e4m3_value(byte) * g  # NaN in a non-finite block: every comparison below is false there
 
-    if global_scale == "pow2":
-        index = _nearest_by_products(fb.from_bits(mag), step)
+    index = _index(mag, amax_block, step, options, key)
+    if options.global_scale == "pow2":
         sign = (x_bits >> 28) & 8
     else:
-        index = e2m1_index(_quotient_bits(mag, lax.bitcast_convert_type(step, jnp.int32)))
-        index = jnp.where(amax_block < fb.INF, index, 0)
         sign = jnp.where(mag == 0, 0, (x_bits >> 28) & 8)
     codes = fb.join_blocks((index | sign).astype(jnp.uint32))
     scales = lax.bitcast_convert_type(byte[..., 0], jnp.float8_e4m3fn)
     return codes, scales, g.reshape(x.shape[:-2])
 
 
-def _pow2_scales(amax: Int32[Array, "..."], amax_block: Int32[Array, "..."]):
-    """Global scale as float32 and block scales as E4M3 bytes, from magnitude bits."""
-    # amax/2688 = (m / 1.3125) * 2**(e-11)
-    g_exp = (amax >> fb.EXP_SHIFT) - 127 - 11 + ((amax & 0x7FFFFF) > 0x280000)
-    g_exp = jnp.where(amax == 0, 0, jnp.maximum(g_exp, _MIN_GLOBAL_EXP))
-    # amax_block / 6g = M/3 * 2**(e-24-g_exp) with the 24-bit significand M. Twice the integer quotient plus a sticky bit is below 2**24,
-    # so exact as a float32, and lies on the same side of every E4M3 midpoint as the true quotient. Subnormal maxima end under 2**-9.
-    significand = (amax_block & 0x7FFFFF) | 0x800000
-    third = 2 * (significand // 3) + (significand % 3 != 0)
-    third_bits = lax.bitcast_convert_type(third.astype(jnp.float32), jnp.int32)
-    quotient = third_bits + (((amax_block >> fb.EXP_SHIFT) - 127 - 25 - g_exp) << fb.EXP_SHIFT)
-    byte = e4m3_byte(jnp.maximum(quotient, _E4M3_MIN_BITS))
-    return fb.from_bits((g_exp + 127) << fb.EXP_SHIFT), byte
+def _measured_amax(x_bits: Int32[Array, "*batch C Q"], mag: Int32[Array, "*batch C Q"], per_expert: bool) -> Int32[Array, "*matrices 1 1 1"]:
+    """Bits of the largest finite magnitude."""
+    dims = tuple(range(max(x_bits.ndim - (3 if per_expert else 4), 0), x_bits.ndim))
+    amax = jnp.max(fb.block_maximum(jnp.where(mag < fb.INF, x_bits, 0)), axis=dims, keepdims=True)
+    return amax if per_expert else jnp.broadcast_to(amax, (*x_bits.shape[:-3], *[1] * min(x_bits.ndim, 3)))
 
 
-def _exact_scales(amax: Int32[Array, "..."], amax_block: Int32[Array, "..."]):
-    """The same with float32 quotients, in the order of Model-Optimizer."""
-    g = fb.from_bits(jnp.where(amax == 0, _BITS_OF_1, jnp.maximum(_quotient_bits(amax, jnp.int32(_BITS_OF_2688)), _MIN_GLOBAL_BITS)))
-    quotient = _quotient_bits(amax_block, lax.bitcast_convert_type(E2M1_MAX * g, jnp.int32))
-    byte = e4m3_byte(jnp.maximum(quotient, _E4M3_MIN_BITS))
-    return g, jnp.where(amax_block == 0, _E4M3_BYTE_OF_1, byte)
+def _index(
+    mag: Int32[Array, "*batch C Q"], amax_block: Int32[Array, "*batch C 1"], step: Float32[Array, "*batch C 1"], options: Options, key: Key | None
+) -> Int32[Array, "*batch C Q"]:
+    """E2M1 index of every element; 0 in a block that is not finite."""
+    if options.global_scale == "pow2" and options.element_round in ("rne", "away"):
+        return _nearest_by_products(fb.from_bits(mag), step, options.element_round == "away")
+    quotient = quotient_bits(mag, lax.bitcast_convert_type(step, jnp.int32))
+    if options.element_round == "rne":
+        index = e2m1_index(quotient)
+        return jnp.where(amax_block < fb.INF, index, 0)
+    index = rounded_index(quotient, E2M1, options.element_round, key)
+    return jnp.where((amax_block < fb.INF) & (mag > 0), index, 0)
 
 
-def _quotient_bits(a: Int32[Array, "..."], b: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """Bits of the float32 quotient of magnitudes, rounded once to nearest even; b normal. Results below 2**-126 have bits under 2**23.
-    a = 0 counts as 2**-149: no matter beside steps of at least 2**-124.
-
-    In integers, because XLA turns float division by a constant or a broadcast into a product with the reciprocal: 1 ulp off, enough to
-    move ties, and not the same in every program.
-    """
-    a, b = jnp.broadcast_arrays(fb.normalized(a), b)
-    significand_a = ((a & 0x7FFFFF) | 0x800000).astype(jnp.uint32)
-    significand_b = ((b & 0x7FFFFF) | 0x800000).astype(jnp.uint32)
-    is_less = significand_a < significand_b
-    exp = (a >> fb.EXP_SHIFT) - (b >> fb.EXP_SHIFT) + 127 - is_less
-    rest = (significand_a << is_less) - significand_b  # the leading bit of the quotient is 1
-    digits = jnp.ones_like(rest)
-    for _ in range(3):  # 24 more bits, 8 at a time: rest * 2**8 < 2**32
-        rest = rest << 8
-        digit = lax.div(rest, significand_b)
-        rest = rest - digit * significand_b
-        digits = (digits << 8) + digit
-    kept, guard = digits >> 1, digits & 1
-    round_up = guard & ((rest != 0) | (kept & 1))
-    return (exp << fb.EXP_SHIFT) + (kept + round_up).astype(jnp.int32) - 0x800000
+def _nearest_magnitude(
+    mag: Int32[Array, "*batch C Q"],
+    amax_block: Int32[Array, "*batch C 1"],
+    byte: Int32[Array, "*batch C 1"],
+    g: Float32[Array, "..."],
+    options: Options,
+) -> Int32[Array, "*batch C Q"]:
+    """Bits of the magnitudes to which nearest rounding with this block scale leads."""
+    step = e4m3_value(byte.astype(jnp.uint8)) * g
+    index = _index(mag, amax_block, step, options._replace(element_round="rne"), None)
+    return lax.bitcast_convert_type(e2m1_value(index.astype(jnp.uint32)) * step, jnp.int32)
 
 
-def _nearest_by_products(a: Float32[Array, "..."], step: Float32[Array, "..."]) -> Int32[Array, "..."]:
-    """E2M1 index of a/step, ties to even, without the division: three comparisons with midpoint * step, a binary search of the index."""
+def _nearest_by_products(a: Float32[Array, "..."], step: Float32[Array, "..."], is_away: bool) -> Int32[Array, "..."]:
+    """E2M1 index of a/step without the division: three comparisons with midpoint * step, a binary search of the index. Of the ties, those of the
+    last comparison go down to the even index, or away from zero."""
     above_4 = a >= 1.75 * step
     above_2 = a >= jnp.where(above_4, 3.5, 0.75) * step
     last = jnp.where(above_4, jnp.where(above_2, 5.0, 2.5), jnp.where(above_2, 1.25, 0.25))
-    above_1 = a > last * step
+    above_1 = a >= last * step if is_away else a > last * step
     return above_4.astype(jnp.int32) * 4 + above_2.astype(jnp.int32) * 2 + above_1.astype(jnp.int32)
 
 
@@ -202,9 +250,10 @@ def _decode_unpacked(
     scales: Float8e4m3fn[Array, "*batch C"],
     global_scale: Float32[Array, "*matrices"],
     dtype,
+    block_size: int,
 ) -> Float[Array, "*batch n"]:
     step = _steps(scales, global_scale)
-    values = e2m1_value(fb.split_blocks(codes, BLOCK_SIZE)) * step[..., None]
+    values = e2m1_value(fb.split_blocks(codes, block_size)) * step[..., None]
     return fb.join_blocks(values).astype(dtype)
 
 

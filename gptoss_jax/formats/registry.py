@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptoss_jax.formats.format import Format
-from gptoss_jax.formats.objects import Mxfp4, Nvfp4
+from gptoss_jax.formats.objects import Mxfp4, Mxfp6, Mxfp8, Nvfp4
 
-_FORMATS: dict[str, type] = {cls.name: cls for cls in (Mxfp4, Nvfp4)}
+_FORMATS: dict[str, type] = {cls.name: cls for cls in (Mxfp4, Nvfp4, Mxfp8, Mxfp6)}
 
 
 def get_format(fmt: str | Format, **options: Any) -> Format:
-    """The format itself, or that of a name ("mxfp4", "nvfp4") with options: `get_format("mxfp4", scale_rule="even", element_round="sr")`.
+    """The format itself, or that of a name ("mxfp4", "nvfp4", "mxfp8", "mxfp6") with its options by keyword.
+
+        get_format("mxfp4", scale_rule="even", element_round="sr")
 
     Raises:
       ValueError: unknown name, option or value.

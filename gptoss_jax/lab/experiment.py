@@ -7,7 +7,7 @@
     grid:                                                   # all combinations
       estimator: [ste, {name: dge, k: 5}, ewgs]             # a setting of an arm and its values, or
       regime: {2e-4: {sft: {learning_rate: 2e-4}}, ...}     # any name, with the settings of each level
-    arms: {sft_ptq: {steps: 0, format: null, export: mxfp4}}   # beside the grid
+    arms: {SFT + PTQ: {steps: 0}}                           # beside the grid
     reference: {estimator: ste}                             # differences are taken to the arm that has this level, all else equal
 
 An arm is: base model -> [noise] -> SFT -> further training through a quantizer -> export format -> measured on held-out conversations. What two arms
@@ -56,10 +56,10 @@ class Arm(Section):
     steps: Annotated[int, Field(ge=0)] = 60
     learning_rate: PositiveFloat = 1e-4
     min_ratio: Ratio = 0.1
-    # its quantizer: none, a format with an estimator, or learned scales of the format
+    # what it goes through: nothing, fake quantization with an estimator, or another quantizer of the format (`parts.py` has the names)
     format: Spec | None = None
     estimator: Spec = "ste"
-    learned_scale: Spec | None = None
+    quantizer: Spec | None = None
     tools: tuple[Spec, ...] = ()
     # weight of the divergence from the SFT model in the loss; cross-entropy has the rest
     distill: Ratio = 0.0
@@ -70,10 +70,10 @@ class Arm(Section):
     def _consistent(self):
         if self.distill and self.start != "sft":
             raise ValueError("distill needs start: sft, whose model is the teacher")
-        if self.learned_scale is not None and self.format is None:
-            raise ValueError("learned_scale needs a format")
-        if not self.steps and (self.format is not None or self.tools or self.distill):
-            raise ValueError("steps: 0 is no training, so format, tools and distill mean nothing; export says how it is rounded")
+        if self.quantizer is not None and (self.format is None or self.estimator != "ste"):
+            raise ValueError("quantizer needs a format, and takes the place of fake quantization with an estimator")
+        if not self.steps and (self.tools or self.distill):
+            raise ValueError("steps: 0 is no training, so tools and distill mean nothing")
         quantizer_of(self), tools_of(self), export_of(self)
         return self
 

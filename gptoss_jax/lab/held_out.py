@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gptoss_jax.checkpoint.compare import expert_keys
+from gptoss_jax.checkpoint.hf_layout import pieces_of
 from gptoss_jax.checkpoint.models import Model
 from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.data import load_rows
@@ -24,6 +26,7 @@ from gptoss_jax.evaluation.predict import make_predict
 from gptoss_jax.evaluation.tasks import task_rows
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.quantizer import Quantizer, expert_names
+from gptoss_jax.model import GptOssConfig
 
 FRESH_SEED = 20251125
 FIRST_FINAL = {"A": 500, "B": 500, "H": 200, "Eng": 200}  # rows of the first published set, whose seed is 0
@@ -47,8 +50,11 @@ def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(message["content"] for message in row["messages"][:-1])
 
 
-def deployed(params: Mapping[str, Array], extra: Mapping[str, Array], quantizer: Quantizer, export: str | Format) -> dict[str, Array]:
-    """Weights as an exported file holds them, in float32: experts in the format, all else rounded to bfloat16.
+def deployed(
+    config: GptOssConfig, params: Mapping[str, Array], extra: Mapping[str, Array], quantizer: Quantizer, export: str | Format
+) -> dict[str, Array]:
+    """Weights as an exported file holds them, in float32: experts in the format, all else rounded to bfloat16. Random rounding draws the bits that
+    `checkpoint.export_hf` draws.
 
     Args:
       export: "same": the quantizer's own rounding, "bf16": masters rounded to bfloat16, or a format that the masters are encoded in.
@@ -58,8 +64,17 @@ def deployed(params: Mapping[str, Array], extra: Mapping[str, Array], quantizer:
     elif export == "bf16":
         made = dict(params)
     else:
-        made = {**params, **{name: export.encode_decode(params[name], jnp.float32)[0] for name in expert_names(params)}}
+        made = {**params, **{name: _exported(config, name, params[name], export) for name in expert_names(params)}}
     return {name: weight.astype(jnp.bfloat16).astype(jnp.float32) for name, weight in made.items()}
+
+
+def _exported(config: GptOssConfig, name: str, w: Array, fmt: Format) -> Array:
+    """Decoded codes of a stacked parameter."""
+    keys = None
+    if fmt.stochastic:
+        pieces = pieces_of(config, name, w.shape)
+        keys = jnp.asarray(np.stack([expert_keys(fmt, piece, 0, piece.shape[0]) for piece in pieces]).reshape(*w.shape[:-2], 2))
+    return fmt.encode_decode(w, jnp.float32, keys)[0]
 
 
 class HeldOut:

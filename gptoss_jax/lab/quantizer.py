@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array
 
-from gptoss_jax.formats import Format, format_from_dict, get_format
+from gptoss_jax.formats import Format, get_format
 from gptoss_jax.quant import Estimator, fake_quant, get_estimator
+from gptoss_jax.quant.estimators import estimator_to_dict
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 
 Params = Mapping[str, Array]
@@ -82,8 +83,8 @@ class FakeQuant:
     def __call__(self, params: Params, extra: Params, key: Array, step: Array) -> dict[str, Array]:
         made = {}
         for number, name in enumerate(expert_names(params)):
-            options = {"key": jax.random.fold_in(key, number)} if getattr(self.format, "stochastic", False) else {}
-            made[name] = fake_quant(params[name], self.format, self.estimator, **options)
+            bits = jax.random.fold_in(key, number) if self.format.stochastic else None
+            made[name] = fake_quant(params[name], self.format, self.estimator, key=bits)
         return {**params, **made}
 
     def round(self, params: Params, extra: Params) -> dict[str, Array]:
@@ -91,12 +92,9 @@ class FakeQuant:
         return {**params, **{name: fmt.encode_decode(params[name], params[name].dtype)[0] for name in expert_names(params)}}
 
     def to_dict(self) -> dict[str, Any]:
-        estimator = {"name": self.estimator.name, **dataclasses.asdict(self.estimator)}
-        return {"name": "fake_quant", "format": self.format.to_dict(), "estimator": estimator}
+        return {"name": "fake_quant", "format": self.format.to_dict(), "estimator": estimator_to_dict(self.estimator)}
 
 
 def to_nearest(fmt: Format) -> Format:
     """The format with the rounding of deployed weights."""
-    if not getattr(fmt, "stochastic", False):
-        return fmt
-    return format_from_dict({**fmt.to_dict(), "element_round": "rne"})
+    return dataclasses.replace(fmt, element_round="rne", seed=None) if fmt.stochastic else fmt

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.context import Context
 from gptoss_jax.model.weights import weight
-from gptoss_jax.ops.experts import expert_mlp
+from gptoss_jax.ops.experts import expert_mlp_counted
 from gptoss_jax.ops.experts.inference import expert_mlp_inference
 from gptoss_jax.ops.remat import product
 from gptoss_jax.ops.top_k import top_k
@@ -32,11 +32,15 @@ from gptoss_jax.quant.gather import cast_and_gather
 
 
 class RouterStats(NamedTuple):
-    """Routing of the non-padding tokens; leading dims (layers) may be stacked."""
+    """Sums over tokens, so that parts of a batch add up; leading dims (layers) may be stacked. The first three are of the tokens that are not padding.
+
+    `num_dropped` is counted where experts compute: routed rows, of padding too, less those that lie in a block of rows that some device computes.
+    """
 
     assignments_E: Float[Array, "*L E"]
     probability_E: Float[Array, "*L E"]
     num_tokens: Float[Array, "*L"]
+    num_dropped: Float[Array, "*L"] | float = 0.0
 
 
 def load_balancing_loss(stats: RouterStats) -> Float[Array, ""]:
@@ -57,15 +61,19 @@ class Router(nnx.Module):
         self.weight = weight(rngs, (config.num_local_experts, config.hidden_size), ("router", "embed"), layers=layers, dtype=dtype)
         self.bias = weight(rngs, (config.num_local_experts,), ("router",), layers=layers, dtype=dtype, init="zeros")
 
-    def __call__(self, x_SD: Float[Array, "S D"], real_S) -> tuple[Int[Array, "S A"], Float[Array, "S A"], RouterStats]:
-        """Chosen experts, their weights, statistics over the tokens where `real_S`."""
-        x_SD, w_ED, bias_E = (x.astype(wide(x_SD.dtype)) for x in (x_SD, self.weight[...], self.bias[...]))
-        logits_SE = jnp.einsum("sd,ed->se", x_SD, w_ED) + bias_E
-        top_SA, experts_SA = top_k(logits_SE, self.config.num_experts_per_tok)
-        real_S = real_S.astype(x_SD.dtype)
-        chosen_SE = jnp.sum(jax.nn.one_hot(experts_SA, self.config.num_local_experts, dtype=x_SD.dtype), axis=1)
-        stats = RouterStats(real_S @ chosen_SE, real_S @ jax.nn.softmax(logits_SE, axis=-1), jnp.sum(real_S))
-        return experts_SA, jax.nn.softmax(top_SA, axis=-1), stats
+    def __call__(self, x_BTD: Float[Array, "B T D"], real_BT) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], RouterStats]:
+        """Chosen experts, their weights, statistics over the tokens where `real_BT`.
+
+        B and T stay apart: where a mesh cuts both, an array of all tokens in one dim has no layout, and the compiler makes it whole.
+        """
+        x_BTD, w_ED, bias_E = (x.astype(wide(x_BTD.dtype)) for x in (x_BTD, self.weight[...], self.bias[...]))
+        logits_BTE = jnp.einsum("btd,ed->bte", x_BTD, w_ED) + bias_E
+        top_BTA, experts_BTA = top_k(logits_BTE, self.config.num_experts_per_tok)
+        real_BT = real_BT.astype(x_BTD.dtype)
+        chosen_BTE = jnp.sum(jax.nn.one_hot(experts_BTA, self.config.num_local_experts, dtype=x_BTD.dtype), axis=2)
+        over_tokens = lambda x_BTE: jnp.einsum("bt,bte->e", real_BT, x_BTE)
+        stats = RouterStats(over_tokens(chosen_BTE), over_tokens(jax.nn.softmax(logits_BTE, axis=-1)), jnp.sum(real_BT))
+        return experts_BTA, jax.nn.softmax(top_BTA, axis=-1), stats
 
 
 class StoredExperts(NamedTuple):
@@ -87,8 +95,8 @@ def run_experts(
     limit: float,
     backend: str | None,
     gather: Gather | None = None,
-) -> tuple[Float[Array, "B T D"], dict[str, tuple[Array, Any]]]:
-    """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection.
+) -> tuple[Float[Array, "B T D"], Int[Array, "1"], dict[str, tuple[Array, Any]]]:
+    """The weighted sum of the chosen experts, the number of routed rows computed here, and what `expert_quant` returned for each projection.
 
     Args:
       gather: `stored` is a shard (inside a `jax.shard_map`), and is made whole over these mesh axes. `experts_BTA` counts the experts that are
@@ -98,11 +106,11 @@ def run_experts(
     captured = {name: expert_quant(name, weight, gather) for name, weight in stored_weights.items()}
     whole = (lambda bias: cast_and_gather(bias, bias.dtype, gather)) if gather else lambda bias: bias
     flat = lambda x: x.reshape(-1, x.shape[-1])
-    out_SD = expert_mlp(
+    out_SD, num_rows = expert_mlp_counted(
         flat(x_BTD), flat(experts_BTA), flat(weights_BTA), captured["gate_up_proj"][0], whole(stored.gate_up_bias_EU),
         captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend,
     )  # fmt: skip
-    return out_SD.reshape(x_BTD.shape), captured
+    return out_SD.reshape(x_BTD.shape), num_rows[None], captured
 
 
 class Experts(nnx.Module):
@@ -117,10 +125,11 @@ class Experts(nnx.Module):
         self.down_proj = weight(rngs, (experts, hidden, width), ("expert", "expert_embed", "expert_mlp"), **make)
         self.down_proj_bias = weight(rngs, (experts, hidden), ("expert", "expert_embed"), init="zeros", **make)
 
-    def __call__(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> tuple[Float[Array, "B T D"], dict]:
-        """The weighted sum of the chosen experts, and what `expert_quant` returned for each projection."""
+    def __call__(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> tuple[Float[Array, "B T D"], Int[Array, "devices"] | None, dict]:
+        """The weighted sum of the chosen experts, the routed rows that each device computed, and what `expert_quant` returned for each projection.
+        In generation the first alone."""
         if context.layer is not None:
-            return self._inference(x_BTD, experts_BTA, weights_BTA, context), {}
+            return self._inference(x_BTD, experts_BTA, weights_BTA, context), None, {}
         stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
         run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
         if context.distribute is not None:
@@ -146,7 +155,8 @@ class Moe(nnx.Module):
 
     @jax.named_scope("moe")
     def __call__(self, x_BTD: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], RouterStats, dict]:
-        experts_SA, weights_SA, stats = product(self.router(x_BTD.reshape(-1, x_BTD.shape[-1]), context.real_BT.reshape(-1)))
-        rows = lambda x_SA: x_SA.reshape(*x_BTD.shape[:2], -1)
-        y_BTD, captured = self.experts(x_BTD, rows(experts_SA), rows(weights_SA), context)
+        experts_BTA, weights_BTA, stats = product(self.router(x_BTD, context.real_BT))
+        y_BTD, num_rows, captured = self.experts(x_BTD, experts_BTA, weights_BTA, context)
+        if num_rows is not None:
+            stats = stats._replace(num_dropped=(experts_BTA.size - jnp.sum(num_rows)).astype(stats.num_tokens.dtype))
         return y_BTD, stats, captured

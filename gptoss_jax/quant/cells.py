@@ -58,7 +58,7 @@ class Cells:
 
 def cells_of(x: Float[Array, "*batch n"], fmt: Format, key: Array | None = None) -> Cells:
     """Cells of float32 or bfloat16 values, blocks along the last dim. `key` as in `fmt.encode`."""
-    q, scale = fmt.parts(fmt.encode(x) if key is None else fmt.encode(x, key=key))
+    q, scale = fmt.parts(fmt.encode(x, key))
     return place(split_blocks(x.astype(jnp.float32), fmt.block_size), q, scale, fmt.magnitudes)
 
 

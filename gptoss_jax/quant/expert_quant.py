@@ -30,7 +30,7 @@ def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
     parameters than the expert projections, cannot be carried out and is refused.
 
     Raises:
-      ValueError: a rule that does not cover an expert projection in every layer.
+      ValueError: a rule that does not cover an expert projection in every layer; a format that rounds stochastically, or that no file can hold.
     """
     formats = dict.fromkeys(PROJECTIONS)
     if policy is not None:
@@ -40,6 +40,10 @@ def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
             if not any(fnmatchcase(name, pattern) for name in names.values()):
                 raise ValueError(f"quantization rule {pattern!r} does not cover an expert projection in every layer")
         formats = {projection: policy.format_of(name) for projection, name in names.items()}
+        for fmt in dict.fromkeys(formats.values()):
+            if fmt is not None and (fmt.stochastic or fmt.export_problem):
+                problem = fmt.export_problem or f"element_round={fmt.element_round!r} gives other weights every time"
+                raise ValueError(f"{fmt}: QAT trains the weights that an export holds, but {problem}")
 
     def expert_quant(projection, stored, gather=None):
         fmt = formats[projection]

@@ -23,16 +23,11 @@ from gptoss_jax.quant.estimators import Estimator, get_estimator
 from gptoss_jax.quant.gather import Gather
 
 
-def _keyed(key: Array | None) -> dict[str, Array]:
-    """The key of a stochastic format, for its methods."""
-    return {} if key is None else {"key": key}
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _encode_decode(x, key, fmt, estimator, dtypes, gather):
     if gather is None:
-        return fmt.encode_decode(x, dtypes[1], **_keyed(key))
-    codes = fmt.encode(x, **_keyed(key))
+        return fmt.encode_decode(x, dtypes[1], key)
+    codes = fmt.encode(x, key)
     return fmt.decode(jax.tree.map(gather.whole, codes), dtypes[1]), codes
 
 
@@ -62,7 +57,7 @@ def _to_input(fmt: Format, estimator: Estimator, residual: tuple[Array, Array | 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _decoded(x, key, fmt, estimator, dtype):
-    return fmt.encode_decode(x, dtype, **_keyed(key))[0]
+    return fmt.encode_decode(x, dtype, key)[0]
 
 
 @_decoded.defjvp
@@ -71,15 +66,6 @@ def _decoded_jvp(fmt, estimator, dtype, primals, tangents):
     tangent = tangents[0].astype(jnp.float32)
     push = jax.linear_transpose(lambda grad: _to_input(fmt, estimator, primals, grad), tangent)
     return _decoded(*primals, fmt, estimator, dtype), push(tangent)[0].astype(dtype)
-
-
-def _checked(x, fmt, estimator, key) -> tuple[Array, Format, Estimator]:
-    fmt, estimator, x = get_format(fmt), get_estimator(estimator), as_input(x)
-    if fmt.stochastic and key is None:
-        raise ValueError(f"{fmt} rounds stochastically: it needs a key")
-    if key is not None and not fmt.stochastic:
-        raise ValueError(f"{fmt} does not round stochastically: it takes no key")
-    return x, fmt, estimator
 
 
 def fake_quant_with_codes(
@@ -98,10 +84,10 @@ def fake_quant_with_codes(
       gather: inside a `jax.shard_map`: x is a shard, w is the whole weight, the codes are those of the shard. Blocks along the last dim only.
 
     Raises:
-      TypeError: x has another dtype.
-      ValueError: x.shape[axis] is not a multiple of the block size; unknown name; key missing or superfluous.
+      TypeError: x has another dtype; a key missing or not wanted.
+      ValueError: x.shape[axis] is not a multiple of the block size; unknown name.
     """
-    x, fmt, estimator = _checked(x, fmt, estimator, key)
+    x, fmt, estimator = as_input(x), get_format(fmt), get_estimator(estimator)
     dtypes = (x.dtype, jnp.dtype(x.dtype if dtype is None else dtype))
     w, codes = _encode_decode(jnp.moveaxis(x, axis, -1), key, fmt, estimator, dtypes, gather)
     return jnp.moveaxis(w, -1, axis), codes
@@ -123,7 +109,7 @@ def fake_quant(
         return fake_quant_with_codes(x, fmt, estimator, axis=axis, dtype=dtype, key=key)[0]
     if mode != "jvp":
         raise ValueError(f"unknown mode {mode!r}; known are 'vjp', 'jvp'")
-    x, fmt, estimator = _checked(x, fmt, estimator, key)
+    x, fmt, estimator = as_input(x), get_format(fmt), get_estimator(estimator)
     if not estimator.linear:
         raise ValueError(f"estimator {estimator.name!r} is not linear in the gradient: it has no forward mode, use mode='vjp'")
     w = _decoded(jnp.moveaxis(x, axis, -1), key, fmt, estimator, jnp.dtype(x.dtype if dtype is None else dtype))

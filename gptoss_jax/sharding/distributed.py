@@ -25,6 +25,8 @@ from gptoss_jax.sharding.cluster import Launch, find_launch
 INIT_SECONDS, HEARTBEAT_SECONDS = "GPTOSS_JAX_INIT_SECONDS", "GPTOSS_JAX_HEARTBEAT_SECONDS"
 SHUTDOWN_SECONDS = 10
 MESSAGE_BYTES = 8192
+# of one process, in one collective of `gather`: what devices and host hold beyond the result is this times the number of processes
+GATHER_BYTES = 16 << 20
 
 
 def is_first() -> bool:
@@ -136,6 +138,48 @@ def _broadcast(value: Any) -> Any:
         raise ValueError(f"{len(content)} bytes do not fit into a message of {MESSAGE_BYTES}")
     buffer = np.frombuffer(content.ljust(MESSAGE_BYTES), np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer), np.uint8).tobytes())
+
+
+def gather(mine: np.ndarray) -> np.ndarray:
+    """The arrays [n] of all processes one after the other, n being different on each; the same on all, which must all call this."""
+    if jax.process_count() == 1:
+        return mine
+    local = np.ascontiguousarray(mine).view(np.uint8)
+    counts = multihost_utils.process_allgather(np.array(divmod(local.size, GATHER_BYTES), np.int32)).astype(np.int64)
+    sizes = counts @ [GATHER_BYTES, 1]
+    begins = np.cumsum(sizes) - sizes
+    out = np.empty(sizes.sum(), np.uint8)
+    # few different sizes, because each is compiled
+    step = min(GATHER_BYTES, max(4096, 1 << int(sizes.max()).bit_length()))
+    for start in range(0, sizes.max(), step):
+        piece = local[start : start + step]
+        for row, begin, size in zip(multihost_utils.process_allgather(np.pad(piece, (0, step - piece.size))), begins, sizes):
+            stop = min(size, start + step)
+            if start < stop:
+                out[begin + start : begin + stop] = row[: stop - start]
+    return out.view(mine.dtype)
+
+
+def on_each(function: Callable[[], Any]) -> list[Any]:
+    """What `function` gives (plain JSON) on every process, in their order. What it raises on one is raised on all, in the end."""
+    if jax.process_count() == 1:
+        return [function()]
+    error = None
+    try:
+        said = {"result": function()}
+    except Exception as caught:
+        error, said = caught, {"error": _error_name(caught), "message": str(caught)}
+    content = np.frombuffer(json.dumps(said).encode() + b"\n", np.uint8)
+    found = [json.loads(line) for line in gather(content).tobytes().splitlines()]
+    failed = [number for number, one in enumerate(found) if "error" in one]
+    if not failed:
+        return [one["result"] for one in found]
+    first = failed[0]
+    if error is None or first != jax.process_index():
+        where = f"process {first}: " if first else ""
+        error = getattr(errors, found[first]["error"])(where + found[first]["message"])
+    error.everywhere = True
+    raise error
 
 
 def check_same(what: str, digest: str) -> None:

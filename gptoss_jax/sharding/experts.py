@@ -46,6 +46,7 @@ def expert_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Callabl
         raise UsageError(f"mesh axes {sorted(set(stay) & set(length))} cut both experts and the length of rows")
     tokens = PartitionSpec(rows or None, length or None)
     experts = PartitionSpec(cut or None)
+    counts = PartitionSpec(tuple(dict.fromkeys(rows + length + stay)) or None)  # a number from every device that has rows of its own
 
     def distribute(run: Callable, capture: bool) -> Callable:
         def local(x_BTD, experts_BTA, weights_BTA, stored: StoredExperts):
@@ -54,18 +55,18 @@ def expert_parallel(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Callabl
             num_here = stored.down_bias_ED.shape[0] * math.prod(mesh.shape[a] for a in gathered)
             index_BTA = experts_BTA - (lax.axis_index(stay) * num_here if stay else 0)
             index_BTA = jnp.where((index_BTA >= 0) & (index_BTA < num_here), index_BTA, num_here)
-            out_BTD, captured = run(x_BTD, index_BTA, weights_BTA, stored, gather=Gather(gathered) if gathered else None)
+            out_BTD, num_rows, captured = run(x_BTD, index_BTA, weights_BTA, stored, gather=Gather(gathered) if gathered else None)
             if exchange:
                 out_BTD = lax.psum_scatter(out_BTD, exchange, scatter_dimension=0, tiled=True)
             if summed:
                 out_BTD = lax.psum(out_BTD, summed)
-            return out_BTD, captured if capture else {}
+            return out_BTD, num_rows, captured if capture else {}
 
         # of what is captured, weights are whole over the gathered axes, codes are those of the shard
         captured = dict.fromkeys(("gate_up_proj", "down_proj") if capture else (), (PartitionSpec(stay or None), experts))
         # the loops inside carry zeros that vary over no axis, which the check of replication does not follow
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(tokens, tokens, tokens, experts), out_specs=(tokens, captured), check_vma=False,
+            local, mesh=mesh, in_specs=(tokens, tokens, tokens, experts), out_specs=(tokens, counts, captured), check_vma=False,
         )  # fmt: skip
 
     return distribute

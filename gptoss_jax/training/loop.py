@@ -27,6 +27,7 @@ from gptoss_jax.sharding import place_rows
 from gptoss_jax.sharding.distributed import AgreedMaximum, on_first
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.console import Progress
+from gptoss_jax.training.router import router_numbers, router_table
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.signals import Interrupted, StopRequest
 from gptoss_jax.training.step import (
@@ -224,7 +225,9 @@ class Trainer:
         self._clock = None if record["step"] == 0 else time.monotonic()
 
     def _report(self, step: int, metrics: Mapping[str, jax.Array], position: Mapping[str, Any], evaluate: bool = False) -> None:
-        values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        values = jax.device_get(dict(metrics))
+        router = values.pop("router")
+        values = {name: value.item() for name, value in values.items()}
         now = time.monotonic()
         # the time of the first step of a process is mostly compilation
         elapsed, self._clock = (now - self._clock if self._clock else None), now
@@ -234,10 +237,12 @@ class Trainer:
             record["aux_loss"] = values["aux_loss"]
         if self.teacher:
             record.update((name, values[name]) for name in ("cross_entropy", "kl"))
+        record.update(router_numbers(router))
         if values["skipped"]:
             record["batch"] = position = {key: value for key, value in position.items() if key != "fingerprint"}
         if evaluate:
             self._evaluate_into(record)
+            self.run.log_router(router_table(step, router))
         else:
             self.run.log(record)
             self.progress.show({**record, "eta_s": elapsed * (self.train.steps - step)} if elapsed else record)

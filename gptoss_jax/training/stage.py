@@ -71,8 +71,8 @@ def load_packed(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[P
     """
     pipeline = data_pipeline(data, tokenizer)
     with progress.reading() as tick:
-        corpus = pipeline.tokenize(data.sources("train"), tick)
-        held_out = pipeline.tokenize(data.sources("eval"), tick) if data.eval else None
+        corpus = pipeline.tokenize(data.sources("train"), tick, together=True)
+        held_out = pipeline.tokenize(data.sources("eval"), tick, together=True) if data.eval else None
     training, evaluation = training_and_held_out(corpus, held_out, data.eval_fraction, data.split_seed)
     sets = {"train": training} | ({} if evaluation is None else {"eval": evaluation})
     reports = [report(name, selected, pipeline) for name, selected in sets.items()]

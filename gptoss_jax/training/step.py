@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
+from gptoss_jax.model import GptOssConfig, RouterStats, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.ops.distillation import Side, distillation_sums
@@ -34,7 +34,7 @@ from gptoss_jax.training.config import DistillConfig, TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
 Params = Mapping[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # scalars, and under "router" the RouterStats of all layers
 
 
 class TrainState(NamedTuple):
@@ -151,6 +151,17 @@ def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute |
     return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
 
 
+class LossParts(NamedTuple):
+    """What a loss hands out beside its value. `nll` is what is minimised but for the auxiliary loss of the router; `mixed` what a distillation mixes
+    it of, cross_entropy and kl; `router` are sums over the tokens of the microbatch, [L, E] and [L]; `captured` is None unless asked for."""
+
+    nll: Float[Array, ""]
+    aux: Float[Array, ""]
+    mixed: dict[str, Float[Array, ""]]
+    router: RouterStats
+    captured: dict[str, Any] | None
+
+
 def _distillation(hidden_BTD, params: Params, teacher_BTD, teacher: Params, batch, dtype, distill: DistillConfig, distribute: Distribute | None):
     """The sums of `distillation_sums` over the tokens of a batch."""
 
@@ -171,7 +182,7 @@ def make_loss(
     distribute: Distribute | None = None,
     teacher_config: GptOssConfig | None = None,
 ) -> Callable:
-    """`loss(trained, frozen, microbatch, total_weight, total_tokens, *teacher) -> (scalar, (Losses, captured))`: a microbatch's share.
+    """`loss(trained, frozen, microbatch, total_weight, total_tokens, *teacher) -> (scalar, LossParts)`: a microbatch's share.
 
     With `cast_at: step` the experts in trained and frozen are compute weights already. `teacher` are the parameters of the model that `train.distill`
     names, whose architecture is `teacher_config`."""
@@ -185,7 +196,7 @@ def make_loss(
     def loss(trained, frozen, batch, total_weight, total_tokens, *teacher):
         params = {**trained, **frozen}
         out = run(config, params, *tokens(batch), expert_quant=expert_quant, capture=capture, remat=train.remat)
-        parts = {}
+        mixed = {}
         if teacher:
             with jax.named_scope("teacher"):
                 teacher_BTD = lax.stop_gradient(run(teacher_config, teacher[0], *tokens(batch), expert_quant=plain_cast(dtype)).hidden_BTD)
@@ -193,7 +204,7 @@ def make_loss(
             if teacher:
                 sums = _distillation(out.hidden_BTD, params, teacher_BTD, teacher[0], batch, dtype, train.distill, distribute)
                 nll, *rest = (x / total_weight for x in sums)
-                parts = dict(zip(("cross_entropy", "kl"), rest))
+                mixed = dict(zip(("cross_entropy", "kl"), rest))
             else:
                 nll = _loss_sum(out.hidden_BTD, params, batch, dtype, distribute) / total_weight
         aux = jnp.float32(0)
@@ -201,22 +212,17 @@ def make_loss(
             # per microbatch, as every trainer does, weighted by its tokens: the product of two means is not a sum over tokens
             share = jnp.sum(batch.segment_ids_BT > 0) / total_tokens
             aux = load_balancing_loss(out.router) * share
-        return nll + train.router_aux_loss_coef * aux, (Losses(nll, aux, parts), out.captured)
+        return nll + train.router_aux_loss_coef * aux, LossParts(nll, aux, mixed, out.router, out.captured)
 
     return loss
 
 
-class Losses(NamedTuple):
-    """`nll` is what is minimised but for the auxiliary loss of the router; `parts` what it is mixed of when distilling: cross_entropy and kl."""
-
-    nll: Array
-    aux: Array
-    parts: dict[str, Array]
-
-
 class _Grads(NamedTuple):
     grads: dict[str, Array]
-    losses: Losses
+    nll: Array
+    aux: Array
+    mixed: dict[str, Array]
+    router: RouterStats
 
 
 def _gradients(
@@ -243,10 +249,11 @@ def _gradients(
         return {name: lax.with_sharding_constraint(grad, shardings.params[name]) for name, grad in grads.items()}
 
     def microbatch_grads(microbatch):
-        (_, (losses, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens, *teacher)
+        (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens, *teacher)
+        captured = parts.captured
         if captured is not None and codes is not None:
             captured = {name: (consumed, codes[name]) for name, (consumed, _) in captured.items()}
-        return _Grads(place(to_masters(grads)), losses), captured
+        return _Grads(place(to_masters(grads)), parts.nll, parts.aux, parts.mixed, parts.router), captured
 
     num_microbatches = train.batch.accumulation
     if num_microbatches == 1:
@@ -286,7 +293,8 @@ def make_train_step(
     """The compiled `train_step(state, batch) -> (state, metrics)`, with the parameters of the teacher as a third argument if there is one; the state
     is donated.
 
-    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row; cross_entropy and kl with a teacher.
+    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row; cross_entropy and kl with a teacher;
+    and router, the `RouterStats` of the batch, stacked over layers.
     When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
 
     Args:
@@ -296,7 +304,7 @@ def make_train_step(
     loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute, teacher_config=teacher and teacher.config)
 
     def train_step(state: TrainState, batch, *teacher: Params):
-        (grads, (nll, aux, parts)), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch, *teacher)
+        (grads, nll, aux, mixed, router), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch, *teacher)
         with jax.named_scope("optimizer"):
             trained = {name: state.params[name] for name in optimizer.trained}
             finite = jnp.isfinite(nll) & jnp.isfinite(aux)
@@ -312,7 +320,8 @@ def make_train_step(
             "trained_tokens": jnp.sum(batch.loss_weights_BT > 0),
             "skipped": skipped,
             "skipped_in_row": in_row,
-            **parts,
+            **mixed,
+            "router": router,
         }
         return TrainState(state.step + 1, {**state.params, **moved}, opt_state, state.skipped + skipped, in_row), metrics
 
@@ -355,11 +364,11 @@ def make_capture_step(
         if train.cast_at == "step":
             params, prepared = _prepare(expert_quant, params)
         first = jax.tree.map(lambda x: x[0], _split(batch, train.batch.accumulation))
-        _, ((nll, _, _), captured) = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
-        return Captured(nll, jnp.float32(jnp.nan), {}, prepared or {name: codes for name, (_, codes) in captured.items()})
+        _, parts = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
+        return Captured(parts.nll, jnp.float32(jnp.nan), {}, prepared or {name: codes for name, (_, codes) in parts.captured.items()})
 
     def capture_step(state: TrainState, batch):
-        (grads, (nll, _, _)), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
+        (grads, nll, *_), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         consumed = {name: weight for name, (weight, _) in captured.items()}
         return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -237,11 +238,11 @@ def test_nothing_is_left_when_writing_fails(error, masters, tiny_config, tmp_pat
     write = export.SafetensorsWriter.write
     calls = []
 
-    def failing(self, name, array):
+    def failing(self, name, array, row):
         calls.append(name)
         if len(calls) == 30:
             raise error
-        write(self, name, array)
+        write(self, name, array, row)
 
     monkeypatch.setattr(export.SafetensorsWriter, "write", failing)
     expected = RunError if isinstance(error, OSError) else type(error)
@@ -260,10 +261,10 @@ def test_a_disk_without_room_is_seen_before_writing(masters, tiny_config, tmp_pa
 def test_damage_while_writing_is_noticed_before_the_name_appears(masters, tiny_config, tmp_path, monkeypatch):
     write = export.SafetensorsWriter.write
 
-    def flipping(self, name, array):
+    def flipping(self, name, array, row):
         if name.endswith("layers.1.mlp.experts.down_proj_blocks"):
             array = array ^ np.uint8(1)
-        write(self, name, array)
+        write(self, name, array, row)
 
     monkeypatch.setattr(export.SafetensorsWriter, "write", flipping)
     with pytest.raises(RunError, match=r"fails its verification.*layers\.1\.mlp\.experts\.down_proj"):
@@ -287,10 +288,49 @@ def test_a_killed_export_shows_no_directory_and_its_leftovers_go(masters, tiny_c
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_exporting_streams(masters, tiny_config, tmp_path, monkeypatch):
-    """No more than one piece is ever asked to the host at a time: each leaf of a stacked parameter is fetched layer by layer."""
-    fetched = []
-    to_host = export.to_host
-    monkeypatch.setattr(export, "to_host", lambda array: fetched.append(array.shape) or to_host(array))
+@pytest.mark.parametrize("kind", ["one device", "eight devices", "numpy"])
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "bf16"])
+def test_a_model_written_in_groups_is_that_written_whole(kind, fmt, masters, tiny_config, tmp_path, monkeypatch):
+    """The host gets no more at a time than a group; groups cross the borders of shards."""
+    params = dict(masters)
+    if kind == "eight devices":
+        params = jax.device_put(params, param_shardings(tiny_config, make_mesh(data=1, fsdp=2, expert=2, tensor=2)))
+    elif kind == "numpy":
+        params = {name: np.asarray(p) for name, p in params.items()}
+    experts, ticks, write = [], [], export._write_group
+
+    def counted(writer, hashes, piece, specs, group):
+        experts.extend(len(array) for array in group.arrays.values() if piece.row.matrix)
+        return write(writer, hashes, piece, specs, group)
+
+    monkeypatch.setattr(export, "_write_group", counted)
+    whole = export_hf(tmp_path / "whole", tiny_config, params, format=fmt)
+    assert max(experts) == 8
+    experts.clear()
+    monkeypatch.setattr(export, "GROUP_BYTES", 3 * 128 * 96 * 4)  # of gate_up_proj three experts
+    groups = export_hf(tmp_path / "groups", tiny_config, params, format=fmt, tick=lambda *counts: ticks.append(counts))
+    assert {3, 2} < set(experts) and 8 not in experts
+    for name in ("model.safetensors", "gptoss_jax_export.json"):
+        assert (whole / name).read_bytes() == (groups / name).read_bytes()
+    assert ticks[-1][0] == ticks[-1][1] == sum(info.nbytes for info in open_checkpoint(whole).store.infos.values())
+
+
+def test_writing_goes_on_while_the_next_group_is_encoded(masters, tiny_config, tmp_path, monkeypatch):
+    """Neither waits for the other: the first write ends only when two more groups have been encoded."""
+    encoded, write, groups = threading.Semaphore(0), export._write_group, export._groups
+
+    def counted(*args):
+        for group in groups(*args):
+            encoded.release()
+            yield group
+
+    def slow(*args):
+        if not slow.waited:
+            slow.waited = True
+            assert all(encoded.acquire(timeout=20) for _ in range(3))
+        return write(*args)
+
+    slow.waited = False
+    monkeypatch.setattr(export, "_groups", counted)
+    monkeypatch.setattr(export, "_write_group", slow)
     export_hf(tmp_path / "out", tiny_config, masters, format=Mxfp4())
-    assert (8, 128, 48) in fetched and not any(len(shape) == 4 for shape in fetched)

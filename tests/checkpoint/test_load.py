@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.checkpoint import load, load_params, open_checkpoint
+from gptoss_jax.checkpoint.load import load_share
+from gptoss_jax.checkpoint.safetensors_io import SafetensorsFile
 from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.formats import mxfp4
@@ -114,6 +116,50 @@ def test_each_device_holds_its_slice(layout, tensors, expected, tmp_path):
     assert all(params[name].sharding == shardings[name] for name in params)
     matrix = params["blocks.0.mlp.experts.gate_up_proj"]
     assert matrix.addressable_shards[0].data.shape == (1, 4, 128, 24)
+
+
+def cut_experts(config, mesh):
+    axes_of = logical_axes(config).items()
+    return {name: NamedSharding(mesh, P(*("expert" if axis == "expert" else None for axis in axes))) for name, axes in axes_of}
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """Bytes of every read of a file, in the order of the calls."""
+    sizes = []
+    original = SafetensorsFile.read
+
+    def read(file, name, ranges):
+        found = original(file, name, ranges)
+        sizes.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(SafetensorsFile, "read", read)
+    return sizes
+
+
+def test_each_slice_is_read_once_however_many_devices_hold_it(tensors, tmp_path, bytes_read):
+    source = open_checkpoint(builders.write(tmp_path, tensors, MXFP4_CONFIG))
+    mesh = jax.make_mesh((2, 4), ("expert", "copy"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shardings = cut_experts(source.config, mesh)
+    load_params(source, jnp.float32, shardings)
+    assert sum(bytes_read) == sum(info.nbytes for info in source.store.infos.values())
+
+
+def test_a_process_reads_its_share_alone(tensors, expected, tmp_path, bytes_read):
+    """One of four devices of an expert-parallel mesh: a fourth of the experts, and what every device holds."""
+    source = open_checkpoint(builders.write(tmp_path, tensors, MXFP4_CONFIG))
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    shardings = cut_experts(source.config, mesh)
+    ticks = []
+    share = load_share(source, jnp.float32, shardings, jax.devices()[2], lambda *counts: ticks.append(counts))
+    sizes = {key: info.nbytes // (4 if "experts" in key else 1) for key, info in source.store.infos.items()}
+    assert sum(bytes_read) == sum(sizes.values())
+    for name, value in share.items():
+        index = shardings[name].devices_indices_map(expected[name].shape)[jax.devices()[2]]
+        assert np.array_equal(np.asarray(value), expected[name][index]), name
+    total = sum(value.nbytes for value in share.values())
+    assert ticks[-1] == (total, total) and ticks == sorted(ticks)
 
 
 def test_layers_may_be_sharded_too(tensors, tmp_path):

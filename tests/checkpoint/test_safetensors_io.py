@@ -79,10 +79,24 @@ def current_umask():
 
 
 def test_a_file_is_never_left_incomplete_in_silence(tmp_path):
-    with pytest.raises(ValueError, match="never written"), SafetensorsWriter(tmp_path / "x", {"a": ("U8", (2,)), "b": ("U8", (2,))}) as writer:
+    with pytest.raises(ValueError, match="not written in full"), SafetensorsWriter(tmp_path / "x", {"a": ("U8", (2,)), "b": ("U8", (2,))}) as writer:
         writer.write("a", np.zeros(2, np.uint8))
     with pytest.raises(ValueError, match="announced"), SafetensorsWriter(tmp_path / "y", {"a": ("U8", (2,))}) as writer:
         writer.write("a", np.zeros(2, np.int8))
+    with pytest.raises(ValueError, match=r"not written in full: \['a'\]"), SafetensorsWriter(tmp_path / "z", {"a": ("U8", (4, 2))}) as writer:
+        writer.write("a", np.zeros((2, 2), np.uint8), 1)
+    with pytest.raises(ValueError, match="from row 3 on"), SafetensorsWriter(tmp_path / "v", {"a": ("U8", (4, 2))}) as writer:
+        writer.write("a", np.zeros((2, 2), np.uint8), 3)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 2), (7,)])
+def test_rows_may_come_in_groups_in_any_order(shape, tmp_path):
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with SafetensorsWriter(tmp_path / "x", {"a": ("F32", shape), "b": ("U8", (3,))}) as writer:
+        for start in (4, 0, 2):
+            writer.write("a", values[start : start + (3 if start == 4 else 2)], start)
+        writer.write("b", np.arange(3, dtype=np.uint8))
+    assert np.array_equal(SafetensorsFile(tmp_path / "x").array("a"), values)
 
 
 GOOD = {"a": entry("U8", [4], 0, 4), "b": entry("BF16", [2, 2], 4, 12)}
@@ -138,3 +152,35 @@ def test_lying_header_lengths_allocate_nothing(tmp_path):
     for length in (2**63, 2**40, 100_000_001, 1000):
         with pytest.raises(CorruptError, match="header claims"):
             SafetensorsFile(raw_file(tmp_path / "x.safetensors", GOOD, bytes(12), length))
+
+
+RANGES = [
+    ((0, 7), (0, 300), (0, 90)), ((2, 5), (0, 300), (0, 90)), ((2, 5), (100, 300), (0, 90)), ((6, 7), (299, 300), (89, 90)),
+    ((1, 4), (0, 300), (30, 61)), ((3, 3), (0, 300), (0, 90)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run_bytes", [1, 1000, 1 << 40])
+@pytest.mark.parametrize("ranges", RANGES)
+def test_a_slice_is_that_of_the_mapped_tensor(ranges, run_bytes, tmp_path, monkeypatch):
+    """Read stretch by stretch, or copied from the mapped file."""
+    monkeypatch.setattr(safetensors_io, "RUN_BYTES", run_bytes)
+    values = np.random.default_rng(0).standard_normal((7, 300, 90)).astype(np.float32)
+    path = tmp_path / "a.safetensors"
+    with SafetensorsWriter(path, {"pad": ("U8", (3,)), "x": ("F32", values.shape)}) as writer:
+        writer.write("x", values)
+        writer.write("pad", np.zeros(3, np.uint8))
+    ranges = tuple(slice(*part) for part in ranges)
+    found = SafetensorsFile(path).read("x", ranges)
+    assert found.flags.owndata and found.flags.writeable and np.array_equal(found, values[ranges])
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with SafetensorsWriter(path, {"x": ("U8", (1 << 16,))}) as writer:
+        writer.write("x", np.ones(1 << 16, np.uint8))
+    file = SafetensorsFile(path)
+    with path.open("r+b") as handle:
+        handle.truncate(40_000)
+    with pytest.raises(CorruptError, match=r"a\.safetensors: truncated while it was read, at byte 40000"):
+        file.read("x", (slice(0, 1 << 16),))

@@ -3,11 +3,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gptoss_jax.checkpoint import open_checkpoint
+from gptoss_jax.checkpoint import store as store_module
+from gptoss_jax.checkpoint.safetensors_io import SafetensorsWriter
+from gptoss_jax.checkpoint.store import open_store
 from gptoss_jax.errors import CorruptError
 from tests.checkpoint import builders
 
@@ -112,3 +116,14 @@ def test_a_link_inside_the_directory_is_followed(sharded):
     (sharded / SECOND).rename(sharded / "data.part")
     (sharded / SECOND).symlink_to("data.part")
     open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("shape", [(7, 300), (5,), (), (0, 4), (1, 2000)])
+def test_chunks_are_the_tensor(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 3000)
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    with SafetensorsWriter(tmp_path / "model.safetensors", {"x": ("F32", shape)}) as writer:
+        writer.write("x", values)
+    parts = list(open_store(tmp_path).chunks("x"))
+    assert b"".join(part.tobytes() for part in parts) == values.tobytes()
+    assert shape != (7, 300) or [len(part) for part in parts] == [2, 2, 2, 1]

@@ -22,7 +22,7 @@ MXFP4 = FakeQuant.of("mxfp4")
 
 
 def run(quantizer=MXFP4, train=TRAIN, **options):
-    return trainer.run(train, quantizer, make_params(), Batches(), loss=trainer.cross_entropy(CONFIG, train), **options)
+    return trainer.run(train, quantizer, make_params(), Batches(), loss=trainer.training_loss(CONFIG, train), **options)
 
 
 @pytest.mark.parametrize("quantizer", [Unquantized(), MXFP4], ids=["sft", "qat"])
@@ -66,6 +66,8 @@ class CountState(NamedTuple):
 class CountFlips:
     """Weights whose rounded value an update changes."""
 
+    acts_on = "updates"
+
     def transform(self, round):
         w_q = lambda params: {name: round(params)[name] for name in expert_names(params)}
 
@@ -79,7 +81,7 @@ class CountFlips:
 
 def test_tool_sees_params_and_updates_and_reports_every_step():
     seen = []
-    found = run(tools=(CountFlips(),), watch=lambda step, state: seen.append(MXFP4.round(state.trained, {})))
+    found = run(tools=(CountFlips(),), watch=lambda step, params, extra: seen.append(MXFP4.round(params, extra)))
     for step, (before, after) in enumerate(pairwise(seen)):
         flips = sum(int((before[name] != after[name]).sum()) for name in expert_names(before))
         assert found.history[step]["flips"] == flips > 0
@@ -112,7 +114,7 @@ def test_arrays_of_the_quantizer_are_trained_and_stay_apart():
 
 
 def test_context_reaches_the_loss_and_key_follows_the_seed():
-    seen = trainer.cross_entropy(CONFIG, TRAIN)
+    seen = trainer.training_loss(CONFIG, TRAIN)
     scaled = lambda params, batch, context: (context * seen(params, batch, None)[0], {"loss": context * seen(params, batch, None)[0]})
     one, three = run(Unquantized()), trainer.run(TRAIN, Unquantized(), make_params(), Batches(), loss=scaled, context=jnp.float32(3))
     assert three.history[0]["loss"] == pytest.approx(3 * one.history[0]["loss"], rel=1e-6)

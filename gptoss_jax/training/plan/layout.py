@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from gptoss_jax.data import Batch
-from gptoss_jax.model import GptOssConfig
+from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.ops.grouped_matmul import block_rows, max_slots
-from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES
+from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES, param_shardings
 from gptoss_jax.training.config import BatchConfig, MeshConfig, TrainConfig
-from gptoss_jax.training.step import Shardings, TrainState, abstract_state
+from gptoss_jax.training.plan.architecture import architecture
+from gptoss_jax.training.step import Shardings, Teacher, TrainState, abstract_state
 
 
 def device_bytes(tree: Any) -> int:
@@ -59,6 +60,17 @@ class Layout:
         # what changes no shape is left out, so that a search traces the state once
         same = dict(steps=1, epochs=None, batch=BatchConfig(), mesh=MeshConfig(), remat="layer")
         return abstract_state(self.config, self.train.model_copy(update=same), self.shardings)
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """Shapes and shardings of the model that the config distils from."""
+        if self.train.distill is None:
+            return None
+        config, _ = architecture(self.train.distill.teacher)
+        places = self.shardings and param_shardings(config, self.mesh)
+        shapes = abstract_params(config, jnp.dtype(self.train.compute_dtype)).items()
+        params = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places and places[name]) for name, x in shapes}
+        return Teacher(config, params, places)
 
     @cached_property
     def batch(self) -> Batch:

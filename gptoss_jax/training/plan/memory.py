@@ -137,6 +137,8 @@ def memory(layout: Layout) -> Memory:
         Part(f"moments, {train.optimizer.first_moment} and {train.optimizer.second_moment}", moments, COMPUTED),
         Part("batch and counters", other, COMPUTED),
     ]
+    if layout.teacher:
+        parts.append(Part(f"teacher, {train.compute_dtype}", device_bytes(layout.teacher.params), COMPUTED))
     if train.cast_at == "step":
         parts.append(Part("compute weights of all experts (cast_at: step)", stored_elements * c, ESTIMATED))
     if accumulated:
@@ -149,7 +151,7 @@ def memory(layout: Layout) -> Memory:
         Part(f"values and gradients of a layer ({layout.slots:,} expert slots)", differentiated_layer(layout), ESTIMATED, ("backward",)),
         Part("values of a layer, forward alone", forward, ESTIMATED, ("checkpoint",)),
         Part("codes of all experts", codes, ESTIMATED, ("checkpoint",)),
-        Part("a block of logits and its gradients", block * (8 + c), ESTIMATED, ("loss",)),
+        Part("a block of logits and its gradients", block * (8 + c) * (2 if layout.teacher else 1), ESTIMATED, ("loss",)),
         Part("unembedding: compute weights, float32 gradient", vocabulary * (c + 4), ESTIMATED, ("loss",)),
         Part("optimizer: copy of a residual" if residual else "optimizer", largest if residual else 0, ESTIMATED, ("optimizer",)),
     ]

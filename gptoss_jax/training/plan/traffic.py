@@ -80,6 +80,16 @@ def traffic(layout: Layout, device: Device) -> list[Collective]:
     add("rows to experts", "all-gather", exchange, rows, (passes + 1) * layers * microbatches)
     add("rows from experts", "reduce-scatter", exchange, rows, (passes + 1) * layers * microbatches)
     add("rows from experts", "all-reduce", summed, rows, (passes + 1) * layers * microbatches)
+    if layout.teacher:
+        teacher, matrices = layout.teacher.config, [x.size for name, x in layout.teacher.params.items() if name.endswith(PROJECTIONS)]
+        put_together = c * sum(matrices) * layout.gathered / layout.over("expert")
+        add("teacher's experts", "all-gather", gathered, put_together, microbatches)
+        rest = sum(x.size for name, x in layout.teacher.params.items() if not name.endswith(PROJECTIONS)) / layout.over("vocab")
+        add("teacher's other weights", "all-gather", axes("embed"), c * rest, microbatches)
+        teacher_rows = layout.exchanged_tokens * teacher.hidden_size * c * teacher.num_hidden_layers * microbatches
+        add("teacher's rows to experts", "all-gather", exchange, teacher_rows)
+        add("teacher's rows from experts", "reduce-scatter", exchange, teacher_rows)
+        add("teacher's rows from experts", "all-reduce", summed, teacher_rows)
     # attention
     heads = config.num_key_value_heads // layout.sizes.tensor
     full = sum(kind == FULL for kind in config.layer_types)
