@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.lab.probes import export_gap, probe_descent, probe_gradients, probe_routing, probe_smoothed
 from gptoss_jax.lab.probes.descent import AT_W
@@ -131,7 +132,7 @@ def test_bias_and_variance_are_the_written_formulas_and_unbiased():
 
 
 def test_descent_along_the_true_gradient_realises_what_it_predicts(params, batches):
-    rows = probe_descent(CONFIG, params, batches[0], FMT, ["ste"], steps=(0.01, 0.05))
+    rows = probe_descent(CONFIG, params, batches[0], FMT, ["ste"], steps=(0.01, 0.05), directions=["gradient"])
     full = the_row(rows, estimator=AT_W, forward="full", step=0.01)
     assert full["ratio"] == pytest.approx(1, abs=0.02) and full["predicted"] < 0
     rms = np.sqrt(np.mean(np.concatenate([np.ravel(params[name]) for name in Objective(CONFIG, params).experts]) ** 2))
@@ -147,6 +148,22 @@ def test_descent_along_the_true_gradient_realises_what_it_predicts(params, batch
 
     assert row["realised"] == pytest.approx(loss(-0.05) - loss(0.05), rel=1e-3)
     assert row["ratio"] == pytest.approx(row["realised"] / row["predicted"]) and row["forward"] == "quantized"
+
+
+def test_descent_by_signs_and_of_single_layers(params, batches):
+    """What layers predict adds up, and signs move every weight alike."""
+    # with twice this step a token changes experts, and the loss jumps
+    rows = probe_descent(CONFIG, params, batches[0], FMT, [], steps=(0.0005,), per_layer=True)
+    for direction in ("gradient", "sign"):
+        whole = the_row(rows, direction=direction, forward="full")
+        parts = [the_row(rows, (layer, None, None), direction=direction, forward="full") for layer in range(CONFIG.num_hidden_layers)]
+        assert all(row["ratio"] == pytest.approx(1, abs=0.005) for row in (whole, *parts))
+        if direction == "sign":
+            assert sum(row["predicted"] for row in parts) == pytest.approx(whole["predicted"], rel=1e-5)
+            grads = Passes(Objective(CONFIG, params), batches[0]).at(Objective(CONFIG, params).experts)[1]
+            assert whole["predicted"] == pytest.approx(-2 * whole["step_absolute"] * sum(float(jnp.abs(g).sum()) for g in grads.values()), rel=1e-4)
+    with pytest.raises(ValueError, match="direction 'adam'"):
+        probe_descent(CONFIG, params, batches[0], FMT, directions=["adam"])
 
 
 def test_smoothed_slope_of_an_unquantized_model_is_the_gradients_own(params, batches):
@@ -207,7 +224,7 @@ def test_unknown_names_are_refused(params, batches):
         probe_gradients(CONFIG, params, batches, FMT, references=["fp32"])
     with pytest.raises(ValueError, match="unknown estimator"):
         probe_gradients(CONFIG, params, batches, FMT, ["stee"])
-    with pytest.raises(ValueError, match="two estimators"):
+    with pytest.raises(UsageError, match="two estimators"):
         probe_gradients(CONFIG, params, batches, FMT, ["ste", "ste"])
-    with pytest.raises(ValueError, match="is an estimator of a format"):
+    with pytest.raises(UsageError, match="is an estimator of a format"):
         probe_gradients(CONFIG, params, batches, IDENTITY, ["ste"])
