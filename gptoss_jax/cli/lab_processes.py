@@ -40,7 +40,8 @@ def run_all(path: Path, overrides: tuple[str, ...], experiment, arms, out: Path,
 
 
 def _progress(quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[doing]}"))
+    doing = TextColumn("{task.fields[doing]}", markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), doing)
     return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
