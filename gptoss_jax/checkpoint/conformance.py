@@ -116,6 +116,9 @@ def config_keys(source: SourceCheckpoint) -> Findings:
         yield "the RoPE settings lack 'truncate', which clients then take as true (the release has false)"
     elif rope["truncate"]:
         yield Note("RoPE 'truncate' is true, the release has false")
+    for key in ("beta_fast", "beta_slow"):
+        if key not in rope:
+            yield f"the RoPE settings lack {key!r}, which vLLM and TensorRT-LLM read without a default"
     if raw.get("dtype", raw.get("torch_dtype", "bfloat16")) != "bfloat16":
         yield f"dtype is {raw.get('dtype', raw.get('torch_dtype'))!r}, not 'bfloat16'"
     if source.layout.experts == "mxfp4":
