@@ -97,7 +97,6 @@ def test_codes_are_pytrees():
         (Mxfp4(block=16), "blocks of 32, not 16"),
         (Nvfp4(block=32), "blocks of 16, not 32"),
         (Nvfp4(tensor_amax="given"), "no file records"),
-        (Nvfp4(per_expert=False), "one global scale per expert"),
         (Mxfp8(), "MXFP8"),
     ],
     ids=str,
