@@ -131,7 +131,8 @@ def _export(source: str, target: Path, format: str | None, options: dict[str, An
         equal = on_first(lambda: verify_dir(path, against=model.code_hashes).ok)
         say(f"codes {'equal' if equal else 'DIFFER FROM'} those that training computed ({len(model.code_hashes)} expert matrices)")
         return 0 if equal else 1
-    if trained and fmt != "bf16" and not ("mxfp4_rule" in options and trained == get_format("mxfp4", scale_rule=trained.scale_rule)):
+    is_cast = "mxfp4_rule" in options and trained == get_format("mxfp4", scale_rule=options["mxfp4_rule"])
+    if trained and fmt != "bf16" and not is_cast:
         say(f"note: {fmt} is not what this checkpoint was trained for ({trained}): the exported weights are not the trained ones")
     return 0
 
