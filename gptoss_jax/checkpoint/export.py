@@ -43,6 +43,7 @@ from gptoss_jax.checkpoint.verify import verify_dir
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.model import GptOssConfig, Params, abstract_params
+from gptoss_jax.quant import LoraWeight, merged_weight
 from gptoss_jax.sharding.distributed import barrier, is_first, on_first
 
 GROUP_BYTES = 128 << 20
@@ -65,7 +66,7 @@ def export_hf(
     """Writes a Hugging Face directory and verifies it before it gets its name. With several processes all call this and return when it is there.
 
     Args:
-      params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy.
+      params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy; a `LoraWeight` is merged as it is written.
       format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16". Stochastic rounding needs a seed, which the manifest records.
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
@@ -270,6 +271,8 @@ def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) ->
         count = min(step, rows - row)
         if cut is not None:
             arrays = {role: rows_to_host(part, row, row + count) for role, part in cut.items()}
+        elif isinstance(leaf, LoraWeight):
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, _merged(leaf.rows(piece.slot, row, count)), fmt, bake, row).items()}
         elif isinstance(leaf, jax.Array):
             arrays = {role: np.asarray(part) for role, part in _stored(piece, take_rows(leaf, piece.slot, row, count), fmt, bake, row).items()}
         else:
@@ -287,6 +290,9 @@ def _checked_plain(piece: Piece, values: np.ndarray, where: str) -> np.ndarray:
     array = values.astype(DTYPES["BF16"])
     check_finite(array, where)
     return np.ascontiguousarray(array.swapaxes(1, 2) if piece.row.matrix else array)
+
+
+_merged = jax.jit(merged_weight)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gptoss_jax.formats import mxfp4
 from gptoss_jax.model.config import GptOssConfig
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.quant import LoraWeight
@@ -86,7 +87,8 @@ def adapted_weights(config: GptOssConfig, spec: LoraSpec) -> dict[str, jax.Shape
     if spec.expert_layers is not None:
         wrong = [layer for layer in spec.expert_layers if not 0 <= layer < config.num_hidden_layers]
         if wrong or not spec.expert_layers or not any(name.endswith(EXPERTS) for name in found):
-            raise ValueError(f"expert_layers = {list(spec.expert_layers)}: layers are 0 to {config.num_hidden_layers - 1}, and targets must name experts")
+            layers = f"layers are 0 to {config.num_hidden_layers - 1}"
+            raise ValueError(f"expert_layers = {list(spec.expert_layers)}: {layers}, and targets must name experts")
     return {name: leaf for name, leaf in leaves.items() if name in found}
 
 
@@ -132,4 +134,4 @@ def attach(config: GptOssConfig, spec: LoraSpec | None, params: Mapping[str, Any
         a, b = (params[adapter_name(name) + suffix] for suffix in (LORA_A, LORA_B))
         mask = layer_mask(config, spec, name)
         joined[name] = LoraWeight(params[name], a, b if mask is None else b * mask, spec.scale)
-    return joined
+    return {name: LoraWeight(value, None, None) if isinstance(value, mxfp4.Codes) else value for name, value in joined.items()}

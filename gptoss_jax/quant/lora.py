@@ -12,6 +12,7 @@ Quantized training rounds the merged weight, so that merging before an export ch
 of the rank, element by element, which no cut of the weight changes. A matrix product would add in an order of the library's choice.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +30,13 @@ FACTOR_BITS = 11  # explicit bits of a factor's mantissa
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraWeight:
-    """Stands in place of a stored weight. `base` is an array [.., out, in], or its MXFP4 codes; leading dims are stacked layers and experts."""
+    """Stands in place of a stored weight. `base` is an array [.., out, in], or its MXFP4 codes; leading dims are stacked layers and experts. Codes
+    may be without adapters, a and b None."""
 
     base: Any
-    a: Float[Array, "*lead r inputs"]
-    b: Float[Array, "*lead out r"]
-    scale: float = field(metadata={"static": True})
+    a: Float[Array, "*lead r inputs"] | None
+    b: Float[Array, "*lead out r"] | None
+    scale: float = field(default=1.0, metadata={"static": True})
 
     def decoded_base(self, dtype) -> Float[Array, "*lead out inputs"]:
         return mxfp4.decode(self.base, dtype) if isinstance(self.base, mxfp4.Codes) else self.base.astype(dtype)
@@ -46,11 +48,13 @@ class LoraWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the merged weight."""
-        return (*self.b.shape[:-1], self.a.shape[-1])
+        if isinstance(self.base, mxfp4.Codes):
+            return (*self.base.packed.shape[:-1], 2 * self.base.packed.shape[-1])
+        return self.base.shape
 
     @property
     def ndim(self) -> int:
-        return self.a.ndim
+        return len(self.shape)
 
     @property
     def dtype(self):
@@ -60,14 +64,20 @@ class LoraWeight:
     @property
     def size(self) -> int:
         """Elements of the merged weight."""
-        return self.b.size // self.b.shape[-1] * self.a.shape[-1]
+        return math.prod(self.shape)
+
+    def rows(self, slot: int | None, start: int, count: int) -> "LoraWeight":
+        """Experts, or rows of a matrix, `start` to `start + count`; with a slot those of that stacked layer."""
+        layer = self if slot is None else jax.tree.map(lambda x: x[slot], self)
+        cut = lambda tree: jax.tree.map(lambda x: x[start : start + count], tree)
+        return LoraWeight(cut(layer.base), cut(layer.a) if layer.ndim == 3 else layer.a, cut(layer.b), layer.scale)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapted:
-    """What `ops` compute with in place of a weight [E, out, in]: A and s * B beside it, in its dtype. `apart`: the weight does not hold their product,
-    which is added to the result; otherwise they only receive gradients."""
+    """What `ops` compute with in place of a weight [E, out, in]: A and s * B beside it, in its dtype. `apart`: the weight does not hold their
+    product, which is added to the result; otherwise they only receive gradients."""
 
     weight: Float[Array, "E out inputs"]
     a: Float[Array, "E r inputs"]
@@ -77,20 +87,24 @@ class Adapted:
 
 def merged_weight(stored: LoraWeight) -> Float[Array, "*lead out inputs"]:
     """W0 + s * B @ A in float32; see the head of the file for its bits."""
+    base = stored.decoded_base(jnp.float32)
+    if stored.a is None:
+        return base
     a, b = (lax.reduce_precision(x, 8, FACTOR_BITS) for x in stored.factors(jnp.float32))
     terms = (b[..., :, k, None] * a[..., k, None, :] for k in range(a.shape[-2]))
     change = next(terms)
     for term in terms:
         change = change + term
-    return stored.decoded_base(jnp.float32) + change
+    return base + change
 
 
-def unquantized(stored: LoraWeight, dtype) -> Adapted:
+def unquantized(stored: LoraWeight, dtype) -> Adapted | Float[Array, "E out inputs"]:
     """Base and adapters side by side in the compute dtype."""
-    return Adapted(lax.stop_gradient(stored.decoded_base(dtype)), *stored.factors(dtype), apart=True)
+    base = lax.stop_gradient(stored.decoded_base(dtype))
+    return base if stored.a is None else Adapted(base, *stored.factors(dtype), apart=True)
 
 
-def quantized(stored: LoraWeight, fmt: Format, dtype) -> tuple[Adapted, Any]:
+def quantized(stored: LoraWeight, fmt: Format, dtype) -> tuple[Adapted | Float[Array, "E out inputs"], Any]:
     """The merged weight through the format, and its codes; straight-through. Expert by expert: what exists in float32 is one expert's matrix."""
 
     def of_expert(expert: LoraWeight):
@@ -98,4 +112,4 @@ def quantized(stored: LoraWeight, fmt: Format, dtype) -> tuple[Adapted, Any]:
 
     one_each = jax.tree.map(lambda x: x[:, None], lax.stop_gradient(stored))
     weight, codes = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(of_expert, one_each))
-    return Adapted(weight, *stored.factors(dtype), apart=False), codes
+    return weight if stored.a is None else Adapted(weight, *stored.factors(dtype), apart=False), codes

@@ -45,7 +45,7 @@ def expert_mlp_counted(
     Args:
       limit: clamp of the SwiGLU.
       backend: "xla" or "triton"; None chooses by platform.
-      activations: what both products' inputs go through, fake quantization of rows for instance; it, weights with two ways and adapted ones run composed.
+      activations: what both products' inputs go through, fake quantization of rows for instance; it, weights with two ways and adapters run composed.
     """
     backend = resolve_backend(backend)
     groups = product(group_rows(experts_SA, forward_weight(w_gate_up_EUD).shape[0], block_rows(backend)))
