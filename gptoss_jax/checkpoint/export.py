@@ -46,6 +46,7 @@ from gptoss_jax.checkpoint.verify import verify_dir
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.model import GptOssConfig, Params, abstract_params
+from gptoss_jax.quant import LoraWeight, merged_weight
 from gptoss_jax.sharding.distributed import barrier, is_first, on_first
 
 GROUP_BYTES = 128 << 20
@@ -69,7 +70,7 @@ def export_hf(
     """Writes a model directory and verifies it before it gets its name. With several processes all call this and return when it is there.
 
     Args:
-      params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy.
+      params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy; a `LoraWeight` is merged as it is written.
       format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16". Stochastic rounding needs a seed, which the manifest records.
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
@@ -306,7 +307,9 @@ def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None, la
 
 
 def _rows(piece: Piece, leaf: Any, row: int, count: int) -> Any:
-    """Rows of a piece of a leaf that lies in one place."""
+    """Rows of a piece of a leaf that lies in one place; adapters are merged."""
+    if isinstance(leaf, LoraWeight):
+        return _merged(leaf.rows(piece.slot, row, count))
     if isinstance(leaf, jax.Array):
         return take_rows(leaf, piece.slot, row, count)
     return (leaf if piece.slot is None else leaf[piece.slot])[row : row + count]
@@ -317,6 +320,9 @@ def _checked_plain(values: np.ndarray, where: str, is_transposed: bool) -> np.nd
     array = values.astype(DTYPES["BF16"])
     check_finite(array, where)
     return np.ascontiguousarray(array.swapaxes(1, 2) if is_transposed else array)
+
+
+_merged = jax.jit(merged_weight)
 
 
 @functools.partial(jax.jit, static_argnums=1)

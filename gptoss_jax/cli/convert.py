@@ -47,7 +47,7 @@ def import_(
 def export(
     source: Annotated[str, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
-    format: Literal["mxfp4", "nvfp4", "bf16"] | None = None,
+    format: Literal["mxfp4", "nvfp4", "bf16", "peft"] | None = None,
     scale_rule: Literal["rceil", "floor", "even", "mse"] | None = None,
     element_round: Literal["rne", "away", "sr", "dither"] | None = None,
     round_seed: int | None = None,
@@ -65,7 +65,8 @@ def export(
     Args:
         source: training checkpoint, HF directory, OpenAI's original layout, or hub id.
         target: new directory.
-        format: number format of the expert weights; default: what the checkpoint was trained for.
+        format: number format of the expert weights; default: what the checkpoint was trained for. peft: only the adapters of a LoRA run, as PEFT
+            loads them over the same base; every other format merges them.
         scale_rule: rule of MXFP4 block scales; default: the trained one, else rceil.
         element_round: how 4-bit elements are rounded: rne, to nearest, as training does (away: ties away from zero); sr, stochastically; dither,
             with noise spread evenly along rows. Anything but rne exports other weights than a QAT checkpoint was trained with.
@@ -91,7 +92,8 @@ def _export(source: str, target: Path, format: str | None, options: dict[str, An
     import jax.numpy as jnp
 
     from gptoss_jax.checkpoint import export_hf, verify_dir
-    from gptoss_jax.checkpoint.models import export_format, load_model
+    from gptoss_jax.checkpoint.models import export_format, load_adapters, load_model
+    from gptoss_jax.checkpoint.peft_adapters import write_peft
     from gptoss_jax.checkpoint.staging import refuse_used
     from gptoss_jax.cli.byte_bar import byte_bar
     from gptoss_jax.errors import UsageError
@@ -101,8 +103,14 @@ def _export(source: str, target: Path, format: str | None, options: dict[str, An
 
     say = print if is_first() else lambda text: None
     on_first(lambda: refuse_used(target))
+    if format == "peft":
+        if options:
+            raise UsageError(f"--{FLAGS[next(iter(options))]} is for 4-bit formats, not peft")
+        on_first(lambda: write_peft(target, *load_adapters(source)))
+        say(f"{target}: adapters for PEFT")
+        return 0
     with byte_bar("read") as tick:
-        model = load_model(source, jnp.bfloat16, storage_shardings, tick=tick)
+        model = load_model(source, jnp.bfloat16, storage_shardings, apart=True, tick=tick)
     trained = export_format(model) if model.policy else None
     if format is None and trained is None:
         raise UsageError(f"{source} was trained for no 4-bit format: say which with --format mxfp4, nvfp4 or bf16")
