@@ -59,8 +59,13 @@ class Processes:
             [*launcher, sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.launcher.stdout), daemon=True)
+        self.ended: float | None = None  # when the last process closed its output
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _read(self) -> None:
+        self.lines.extend(self.launcher.stdout)
+        self.ended = time.monotonic()
 
     @property
     def text(self) -> str:
