@@ -160,8 +160,6 @@ def run_stage(
         if automatic:
             progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
-        if train.eval_tasks and jax.process_count() > 1:
-            raise UsageError("config: eval_tasks are measured in one process: leave them out, and run `gptoss-jax eval` on the checkpoints")
         rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, run.path) if train.eval_tasks else None
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))
