@@ -24,11 +24,12 @@ COMMANDS = {
     "generate": ("generate", "generate", "answers to prompts, thoughts apart", 'generate out/ --prompt "How many moons has Mars?"'),
     "chat": ("chat", "chat", "a conversation on the terminal", "chat out/"),
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
+    "lab": ("lab", "COMMANDS", "research on quantization gradients: probe a model, run experiments", "lab run configs/lab/e1_recipe.yaml"),
     "plan": ("plan", "plan", "memory, traffic, layout of a training config before anything is allocated", "plan --config FILE.yaml --device h200"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
 # run long enough to gain from memory in large pages
-COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval", "compare", "generate", "chat", "import", "export", "logits")
+COMPUTING = ("demo", "recipe", "diagnose", "sft", "qat", "eval", "compare", "generate", "chat", "import", "export", "logits", "lab")
 
 
 def overview() -> str:

@@ -131,7 +131,7 @@ def _sources(paths: tuple[str, ...], columns: tuple[str, ...], split: str | None
 def _tokenizer_directory(model: str) -> Path:
     if (Path(model) / "tokenizer.json").is_file():
         return Path(model)
-    from gptoss_jax.training.stage import look_at
+    from gptoss_jax.checkpoint.models import look_at
 
     return look_at(model)[1]
 

@@ -125,9 +125,9 @@ def local_subject(checkpoint: str, numerics: str, dtype: str) -> Any:
 
 def served_subject(checkpoint: str, url: str, model: str | None, timeout: float) -> Any:
     """The model that a server has, with the tokenizer of a checkpoint."""
+    from gptoss_jax.checkpoint.models import look_at
     from gptoss_jax.data import load_tokenizer
     from gptoss_jax.evaluation.endpoint import Endpoint
-    from gptoss_jax.training.stage import look_at
 
     endpoint = Endpoint(url, load_tokenizer(look_at(checkpoint)[1]), model=model, timeout=timeout)
     print(endpoint.describe())

@@ -44,14 +44,22 @@ def _abstract(config: GptOssConfig, kind: str | None):
     return nnx.split(nnx.eval_shape(build))
 
 
+def layer_module(config: GptOssConfig, kind: str | None, params: Params) -> nnx.Module:
+    """A layer of this kind (`Block`), or the final norm (None), around these parameters."""
+    graph, state = _abstract(config, kind)
+    return nnx.merge(graph, fill_state(state, dict(params)))
+
+
+def layer_context(config: GptOssConfig, batch: Batch, expert_quant: ExpertQuant) -> Context:
+    """What a layer needs to know of a batch."""
+    cos_BTC, sin_BTC = rope_tables(batch.positions_BT, config.rope, config.head_dim)
+    return Context(batch.segment_ids_BT, cos_BTC, sin_BTC, expert_quant, False)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(config: GptOssConfig, kind: str | None, expert_quant: ExpertQuant, params: Params, x_BTD, batch: Batch):
-    graph, state = _abstract(config, kind)
-    module = nnx.merge(graph, fill_state(state, dict(params)))
-    if kind is None:
-        return module(x_BTD)
-    cos_BTC, sin_BTC = rope_tables(batch.positions_BT, config.rope, config.head_dim)
-    return module(x_BTD, Context(batch.segment_ids_BT, cos_BTC, sin_BTC, expert_quant, False))[0]
+    module = layer_module(config, kind, params)
+    return module(x_BTD) if kind is None else module(x_BTD, layer_context(config, batch, expert_quant))[0]
 
 
 def hidden_states(config: GptOssConfig, params: Params, batch: Batch, dtype, expert_quant: ExpertQuant) -> Iterator[jax.Array]:

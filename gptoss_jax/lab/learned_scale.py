@@ -9,9 +9,10 @@ y = w/X, a = |y|, g = dL/dw_q. Gradients of scales are multiplied with 1/sqrt(6 
     NVFP4   the block maximum A, X = E4M3(A / (6 global)) global             straight-through: dX/dA = 1/6
 
 with the global scale of the present weights (the power of two that the format takes), so X is a scale that the format can store. Both begin at the
-scale with the least squared error of the block: MXFP4 among three exponents (the rule `mse`), NVFP4 among ten E4M3 values from 8 below the one that
-the format takes to 1 above it. dual-LSQ trains X' alone unless told otherwise. An optimizer that moves every array by about its learning rate (Adam)
-would take thousands of steps from one power of two to the next, so MXFP4 stores theta / 64: a learning rate of 1e-4 moves theta by .0064 a step.
+scale with the least squared error of the block: MXFP4 among three exponents (the rule `mse`), NVFP4 among eleven E4M3 values from 4 below the one
+that the format takes (which clips) to 6 above it (where the maximum is a 4). dual-LSQ trains X' alone unless told otherwise. An optimizer that
+moves every array by about its learning rate (Adam) would take thousands of steps from one power of two to the next, so MXFP4 stores theta / 64: a
+learning rate of 1e-4 moves theta by .0064 a step.
 
 What can be exported: the codes (`encode`), which decode to what training computed with, bit for bit, as long as X' lies on the grid of scales
 (`on_grid`). An MXFP4 file of the deployed values (`round`) needs no codes: encoding decoded values under rceil, floor or even changes none of them.
@@ -32,10 +33,11 @@ from gptoss_jax.formats import Format, Mxfp4, Nvfp4, get_format, mxfp4, nvfp4
 from gptoss_jax.formats import bits as fb
 from gptoss_jax.formats.minifloat import e2m1_value, e4m3_byte, e4m3_value
 from gptoss_jax.lab.oscillation.common import Params, experts
+from gptoss_jax.lab.straight import straight
 
 _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))  # and whether a tie goes up
-_BYTES = {"mxfp4": (2, 250), "nvfp4": (1, 0x7E)}  # scales whose products with all midpoints are normal and finite
-_SWEEP = range(-8, 2)  # E4M3 bytes around the format's own
+_BYTES = {"mxfp4": (3, 240), "nvfp4": (1, 0x7E)}  # scales whose products with all midpoints, and with their logarithm, are normal and finite
+_SWEEP = range(-4, 7)  # E4M3 bytes around the format's own
 
 
 class Scale(NamedTuple):
@@ -46,22 +48,17 @@ class Scale(NamedTuple):
     global_scale: Float32[Array, "*matrices"] | None
 
 
-def _straight(value: Array, through: Array) -> Array:
-    """`value` exactly, with the gradient of `through`."""
-    return lax.stop_gradient(value) + (through - lax.stop_gradient(through))
-
-
 def scale_of(trained: Float32[Array, "*batch C"], fmt: Format, global_scale: Array | None) -> Scale:
     """The scale that log2 X (MXFP4) or the block maximum (NVFP4) stands for."""
     low, high = _BYTES[fmt.name]
     if fmt.name == "mxfp4":
         byte = jnp.clip(jnp.round(trained).astype(jnp.int32) + 127, low, high)
         value = fb.from_bits(lax.stop_gradient(byte) << fb.EXP_SHIFT)
-        return Scale(_straight(value, jnp.log(2.0) * value * trained), byte.astype(jnp.uint8), None)
+        return Scale(straight(value, jnp.log(2.0) * value * trained), byte.astype(jnp.uint8), None)
     unit = 6 * global_scale[..., None, None]
     quotient = fb.to_bits(lax.stop_gradient(jnp.maximum(trained / unit, 2.0**-9)))
     byte = jnp.clip(e4m3_byte(quotient), low, high)
-    return Scale(_straight(e4m3_value(byte.astype(jnp.uint8)) * global_scale[..., None, None], trained / 6), byte.astype(jnp.uint8), global_scale)
+    return Scale(straight(e4m3_value(byte.astype(jnp.uint8)) * global_scale[..., None, None], trained / 6), byte.astype(jnp.uint8), global_scale)
 
 
 def nearest_elements(w: Float[Array, "*batch n"], scale: Float32[Array, "*batch C"], block_size: int) -> UInt8[Array, "*batch n"]:
@@ -87,8 +84,10 @@ def scaled_round(
     """store * Q(w / grid) with the gradients above: Q is straight-through inside the grid and constant where it clips."""
     q = lax.stop_gradient(fb.split_blocks(e2m1_value(nearest_elements(w, grid, fmt.block_size)), fmt.block_size))
     blocks = fb.split_blocks(w.astype(jnp.float32), fmt.block_size)
-    inside = jnp.abs(blocks) <= 6 * grid[..., None]
-    elements = _straight(q, jnp.where(inside, blocks / grid[..., None], 0.0))
+    # y as blocks/grid, written so that the derivative by grid, -y/grid, is computed without the square of a scale, which underflows
+    constant = lax.stop_gradient(grid)[..., None]
+    y = blocks / constant * (2 - grid[..., None] / constant)
+    elements = straight(q, jnp.where(jnp.abs(blocks) <= 6 * constant, y, 0.0))
     return fb.join_blocks(elements * store[..., None])
 
 
@@ -133,7 +132,7 @@ class _LearnedScale:
 
     def _scale(self, w: Array, stored: Array) -> Scale:
         """The scale of a stored array, its gradient times 1/sqrt(6 Q)."""
-        trained = _straight(stored, stored / jnp.sqrt(6.0 * self.format.block_size)) * self.rate
+        trained = straight(stored, stored / jnp.sqrt(6.0 * self.format.block_size)) * self.rate
         return scale_of(trained, self.format, None if self.format.name == "mxfp4" else lax.stop_gradient(nvfp4.encode(w).global_scale))
 
     def _scales(self, name: str, w: Array, extra: Params) -> tuple[Scale, Scale]:
@@ -208,7 +207,7 @@ class DualLsq(_LearnedScale):
         pre, post = extra[f"{name}{self.suffix}_pre"], extra[f"{name}{self.suffix}_post"]
         grid, store = self._scale(w, lax.stop_gradient(pre) if self.learn == "post" else pre), self._scale(w, post)
         if not self.on_grid:
-            trained = _straight(post, post / jnp.sqrt(6.0 * self.format.block_size)) * self.rate
+            trained = straight(post, post / jnp.sqrt(6.0 * self.format.block_size)) * self.rate
             store = store._replace(value=jnp.exp2(trained) if self.format.name == "mxfp4" else trained / 6)
         return grid, store
 

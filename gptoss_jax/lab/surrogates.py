@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.formats.bits import join_blocks
 from gptoss_jax.lab.oscillation.common import Params, experts
+from gptoss_jax.lab.straight import straight
 from gptoss_jax.quant.cells import cells_of
 from gptoss_jax.quant.estimators.zoo import soft_slope, soft_value
 
@@ -70,7 +71,7 @@ class SoftRounding(_Surrogate):
         def soft(w):
             cells = cells_of(lax.stop_gradient(w), self.format)
             value, slope = join_blocks(soft_value(cells, temperature) * cells.scale), join_blocks(soft_slope(cells, temperature))
-            return lax.stop_gradient(value) + slope * (w - lax.stop_gradient(w))
+            return straight(value, slope * w)
 
         return {**params, **{name: soft(params[name]) for name in experts(params)}}
 

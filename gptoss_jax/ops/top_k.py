@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def top_k(x_SE: Float[Array, "S E"], k: int) -> tuple[Float[Array, "S A"], Int[Array, "S A"]]:
-    """`jax.lax.top_k` of rows with at least k entries above -inf: values in descending order and their indices; of equals (0.0 and -0.0
-    are) the first. Differentiable in
-    the values."""
+def top_k(x_SE: Float[Array, "*S E"], k: int) -> tuple[Float[Array, "*S A"], Int[Array, "*S A"]]:
+    """`jax.lax.top_k` of rows with at least k entries above -inf: values in descending order and their indices; of equals (0.0 and -0.0 are) the
+    first. Differentiable in the values."""
     index_E = jnp.arange(x_SE.shape[-1])
     values, indices, left_SE = [], [], x_SE
     for _ in range(k):
         index_S = jnp.argmax(left_SE, axis=-1).astype(jnp.int32)
-        here_SE = index_E == index_S[:, None]
+        here_SE = index_E == index_S[..., None]
         values.append(jnp.sum(jnp.where(here_SE, x_SE, 0), axis=-1))
         indices.append(index_S)
         left_SE = jnp.where(here_SE, -jnp.inf, left_SE)

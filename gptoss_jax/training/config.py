@@ -25,7 +25,9 @@ from pydantic import (
 
 from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
+from gptoss_jax.formats import Format, format_from_dict, get_format
 from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
+from gptoss_jax.sharding.experts import Transport
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -140,19 +142,49 @@ def _plain_estimator(estimator: Estimator) -> str | dict[str, Any]:
 QuantEstimator = Annotated[Any, BeforeValidator(_estimator), PlainSerializer(_plain_estimator)]
 
 
-class Mxfp4Quant(Section):
-    format: Literal["mxfp4"]
-    scale_rule: Literal["rceil", "floor", "even", "mse"] = "rceil"
+def _format(value: Any) -> Format | None:
+    return value if value is None else format_from_dict(value) if isinstance(value, dict) else get_format(value)
+
+
+# a name, or {name: mxfp8, element: e5m2}
+NumberFormat = Annotated[Any, BeforeValidator(_format), PlainSerializer(lambda fmt: fmt and fmt.to_dict())]
+
+
+class ExpertQuantConfig(Section):
+    """What the kinds of fake quantization have in common."""
+
     estimator: QuantEstimator = Ste()
+    # which weight the gradient of an expert's input goes through
+    backward_weight: Literal["quantized", "original"] = "quantized"
+    # format that the inputs of both expert products are rounded to, as engines do that compute in 8 or 4 bits; None leaves them as they are
+    activations: NumberFormat = None
     # name patterns of the weights to quantize; None is the expert projections
     rules: tuple[str, ...] | None = None
 
 
-class Nvfp4Quant(Section):
+class Mxfp4Quant(ExpertQuantConfig):
+    format: Literal["mxfp4"]
+    scale_rule: Literal["rceil", "floor", "even", "mse"] = "rceil"
+
+
+class Nvfp4Quant(ExpertQuantConfig):
     format: Literal["nvfp4"]
     global_scale: Literal["pow2", "exact"] = "pow2"
-    estimator: QuantEstimator = Ste()
-    rules: tuple[str, ...] | None = None
+
+
+class Distillation(Section):
+    """How a teacher's next-token probabilities enter the loss, see ops/distillation."""
+
+    # of KL(teacher || student) in the loss; the rest is the cross-entropy
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: PositiveFloat = 1.0
+
+
+class DistillConfig(Distillation):
+    """Training towards the probabilities of another model, which is held in the compute dtype beside the state."""
+
+    # any model with the same vocabulary, by rule the SFT model that QAT starts from
+    teacher: str
 
 
 class MeshConfig(Section):
@@ -218,6 +250,7 @@ class TrainConfig(Section):
     # attention and experts: Triton kernels on NVIDIA GPUs and XLA elsewhere (auto), or one of the two by name
     kernels: Literal["auto", "xla", "triton"] = "auto"
     quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
+    distill: DistillConfig | None = None
     # parameter name patterns that are not trained
     freeze: tuple[str, ...] = ()
     # the release's config.json carries 0.9; a run asks for it or does without
@@ -231,6 +264,9 @@ class TrainConfig(Section):
     # newest checkpoints that stay on disk
     keep: PositiveInt = 2
     mesh: MeshConfig = MeshConfig()
+    # how rows get to experts of other devices: to all by an all-gather, or only to those that hold their experts by `ragged_all_to_all`, which has
+    # been compiled for GPUs, not run; auto takes the latter on GPUs where it is expected to send less than 3/4
+    expert_transport: Transport = "auto"
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -307,5 +343,5 @@ def _known(loc: tuple) -> list[str]:
         if part in ("mxfp4", "nvfp4"):
             section = {"mxfp4": Mxfp4Quant, "nvfp4": Nvfp4Quant}[part]
         elif part != "quant":
-            section = section.model_fields[part].annotation
+            section = DistillConfig if part == "distill" else section.model_fields[part].annotation
     return list(section.model_fields)

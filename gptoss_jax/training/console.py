@@ -1,4 +1,5 @@
-"""The line a person watches: `step 120/600 | loss 1.234 | gnorm 0.80 | lr 1.0e-05 | 12.3k tok/s | ETA 0:42`.
+"""The line a person watches: `step 120/600 | loss 1.234 | gnorm 0.80 | lr 1.0e-05 | 12.3k tok/s | load 1.7 | ETA 0:42`. The load is that of the
+busiest expert of any layer, 1 if all have the same.
 
 On a terminal one live line is rewritten and evaluations stay above it; elsewhere (file, CI) plain lines are printed, at most one in 5 seconds.
 """
@@ -32,11 +33,16 @@ def format_line(record: dict[str, Any], steps: int) -> str:
         parts += [f"loss {record['loss']:.4f}", f"gnorm {record['grad_norm']:.2f}", f"lr {record['lr']:.1e}"]
         if record["tok_per_s"]:
             parts.append(f"{_count(record['tok_per_s'])} tok/s")
+        loads = [load for load in record.get("router/load_max", ()) if load is not None]
+        if loads:
+            parts.append(f"load {max(loads):.1f}")
         if "eta_s" in record:
             parts.append(f"ETA {_duration(record['eta_s'])}")
     if "eval_loss" in record:
         parts.append(f"eval loss {record['eval_loss']:.4f}")
     parts += [f"{key.removeprefix('task/')} {value:.1%}" for key, value in record.items() if key.startswith("task/") and key.count("/") == 1]
+    if record.get("router/dropped"):
+        parts.append(f"DROPPED {record['router/dropped']} routed rows")
     if record.get("skipped"):
         parts.append("SKIPPED (not finite)")
     return " | ".join(parts)

@@ -27,11 +27,13 @@ from gptoss_jax.sharding import place_rows
 from gptoss_jax.sharding.distributed import AgreedMaximum, on_first
 from gptoss_jax.training.config import TrainConfig
 from gptoss_jax.training.console import Progress
+from gptoss_jax.training.router import router_numbers, router_table
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.signals import Interrupted, StopRequest
 from gptoss_jax.training.step import (
     Params,
     Shardings,
+    Teacher,
     TrainState,
     abstract_state,
     init_state,
@@ -42,7 +44,10 @@ from gptoss_jax.training.step import (
 
 MAX_SKIPPED_IN_ROW = 3
 # settings that may change between a run and its continuation: they do not touch the result
-FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "batch.accumulation")
+FREE_ON_RESUME = (
+    "model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "expert_transport",
+    "batch.accumulation",
+)  # fmt: skip
 
 
 class BatchIterator(Protocol):
@@ -62,6 +67,7 @@ class Trainer:
       policy: what is fake-quantized; None for SFT.
       eval_batches: makes a fresh pass over the evaluation set; evaluated before the first step, every `train.eval_every` and at the end.
       measure: (step, parameters) -> further numbers of an evaluation, by the name they get in metrics.jsonl (`task_rates.TaskRates`).
+      teacher: the model of `train.distill`.
       assets: files that travel with the checkpoints (tokenizer, source config.json).
     """
 
@@ -76,6 +82,7 @@ class Trainer:
         eval_batches: Callable[[], Iterable[Any]] | None = None,
         measure: Callable[[int, Params], dict[str, float]] | None = None,
         shardings: Shardings | None = None,
+        teacher: Teacher | None = None,
         assets: Iterable[Path] = (),
         progress: Progress | None = None,
     ):
@@ -84,7 +91,8 @@ class Trainer:
         self.measure = measure
         self.eval_batches, self.shardings, self.assets = eval_batches, shardings, tuple(assets)
         self.progress = progress or Progress(train.steps)
-        self.train_step = make_train_step(config, train, expert_quant, shardings)
+        self.train_step = make_train_step(config, train, expert_quant, shardings, teacher)
+        self.teacher = () if teacher is None else (teacher.params,)
         self.eval_step = make_eval_step(config, train, expert_quant, shardings)
         self.capture_step = make_capture_step(config, train, expert_quant, shardings, weights=False) if policy else None
         self.all_finite = jax.jit(lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in params.values()])))
@@ -111,14 +119,14 @@ class Trainer:
           UsageError: the run was made with other settings, another model or other data.
           CorruptError: all checkpoints are damaged.
         """
-        step = on_first(self._newest_good_step)
+        step = self._newest_good_step()
         if step is not None:
             self._restore(step)
         self.run.rewind_metrics(-1 if step is None else step)
         return step
 
     def _newest_good_step(self) -> int | None:
-        steps = orbax_store.list_steps(self.run.checkpoints)
+        steps = on_first(lambda: orbax_store.list_steps(self.run.checkpoints))
         while steps:
             try:
                 orbax_store.verify(self.run.checkpoints, steps[-1])
@@ -126,8 +134,9 @@ class Trainer:
             except CorruptError as error:
                 if len(steps) == 1:
                     raise
-                moved = orbax_store.quarantine(self.run.checkpoints, steps.pop())
-                self.progress.note(f"WARNING: {error}; moved to {moved.name}, going on with the step before")
+                damaged = steps.pop()
+                moved = on_first(lambda damaged=damaged: orbax_store.quarantine(self.run.checkpoints, damaged).name)
+                self.progress.note(f"WARNING: {error}; moved to {moved}, going on with the step before")
         return None
 
     def _restore(self, step: int) -> None:
@@ -161,7 +170,7 @@ class Trainer:
                 position = self.batches.state()
                 batch = self._next_batch()
                 with jax.transfer_guard("disallow"):
-                    self.state, metrics = self.train_step(self.state, batch)
+                    self.state, metrics = self.train_step(self.state, batch, *self.teacher)
                 self.step += 1
                 if pending is not None:
                     self._report(*pending)
@@ -220,7 +229,9 @@ class Trainer:
         self._clock = None if record["step"] == 0 else time.monotonic()
 
     def _report(self, step: int, metrics: Mapping[str, jax.Array], position: Mapping[str, Any], evaluate: bool = False) -> None:
-        values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        values = jax.device_get(dict(metrics))
+        router = values.pop("router")
+        values = {name: value.item() for name, value in values.items()}
         now = time.monotonic()
         # the time of the first step of a process is mostly compilation
         elapsed, self._clock = (now - self._clock if self._clock else None), now
@@ -228,10 +239,14 @@ class Trainer:
         record["tok_per_s"] = round(values["tokens"] / elapsed, 1) if elapsed else None
         if self.train.router_aux_loss_coef:
             record["aux_loss"] = values["aux_loss"]
+        if self.teacher:
+            record.update((name, values[name]) for name in ("cross_entropy", "kl"))
+        record.update(router_numbers(router))
         if values["skipped"]:
             record["batch"] = position = {key: value for key, value in position.items() if key != "fingerprint"}
         if evaluate:
             self._evaluate_into(record)
+            self.run.log_router(router_table(step, router))
         else:
             self.run.log(record)
             self.progress.show({**record, "eta_s": elapsed * (self.train.steps - step)} if elapsed else record)

@@ -1,7 +1,10 @@
-"""The directory of a run: config.yaml (resolved), metrics.jsonl, checkpoints/, samples/ (of eval_tasks), and a lock against a second run.
+"""The directory of a run: config.yaml (resolved), metrics.jsonl, router.jsonl, checkpoints/, samples/ (of eval_tasks), and a lock against a second
+run.
 
-metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, and eval_loss and task/NAME where they
-were measured (step 0: these alone). Non-finite numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN.
+metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, router/... (see `router.py`), with a
+teacher the cross_entropy and kl that the loss is mixed of, and eval_loss and task/NAME where they were measured (step 0: these alone). Non-finite
+numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN. router.jsonl has the routing of every layer to every expert
+at each evaluation.
 
 Of many processes the first alone locks and writes; for the others the same calls do nothing. All must see the same file system.
 """
@@ -18,14 +21,13 @@ from gptoss_jax.checkpoint.orbax_store import CHECKPOINTS
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.sharding.distributed import is_first, on_first
 
-CONFIG, METRICS, LOCK = "config.yaml", "metrics.jsonl", ".lock"
+CONFIG, METRICS, ROUTER, LOCK = "config.yaml", "metrics.jsonl", "router.jsonl", ".lock"
 
 
 class RunDir:
     """An open run directory. Holds the lock until closed."""
 
     _lock: IO[str] | None = None
-    _metrics: IO[str] | None = None
 
     def __init__(self, path: str | Path, *, resume: bool, overwrite: bool):
         """
@@ -34,6 +36,7 @@ class RunDir:
           RunError: it cannot be created.
         """
         self.path, self._writes = Path(path), is_first()
+        self._lines: dict[str, IO[str]] = {}  # open files by name
         on_first(lambda: self._open(resume, overwrite))
 
     def _open(self, resume: bool, overwrite: bool) -> None:
@@ -61,7 +64,7 @@ class RunDir:
 
     def _clear(self) -> None:
         """Removes what a run writes, nothing else."""
-        for name in (CONFIG, METRICS):
+        for name in (CONFIG, METRICS, ROUTER):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.checkpoints, self.path / "samples"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -72,33 +75,41 @@ class RunDir:
 
     def rewind_metrics(self, step: int) -> None:
         """Drops lines after `step`, so that a resumed run writes each step once. A half-written last line goes too."""
-        file = self.path / METRICS
-        if not (self._writes and file.exists()):
-            return
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if (record := _parse(line)) and record["step"] <= step]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, file)
+        for file in (self.path / METRICS, self.path / ROUTER):
+            if self._writes and file.exists():
+                _rewind(file, step)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line, readable by others at once."""
+        """Appends a line to metrics.jsonl, readable by others at once."""
+        bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        self._append(METRICS, {**record, **dict.fromkeys(bad), "nonfinite": bad} if bad else record)
+
+    def log_router(self, record: dict[str, Any]) -> None:
+        """Appends a line to router.jsonl."""
+        self._append(ROUTER, record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
         if not self._writes:
             return
-        if self._metrics is None:
-            self._metrics = open(self.path / METRICS, "a", encoding="utf-8")
-        bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            record = {**record, **dict.fromkeys(bad), "nonfinite": bad}
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        if name not in self._lines:
+            self._lines[name] = open(self.path / name, "a", encoding="utf-8")
+        self._lines[name].write(json.dumps(record) + "\n")
+        self._lines[name].flush()
 
     def __enter__(self) -> "RunDir":
         return self
 
     def __exit__(self, *_) -> None:
-        for file in (self._metrics, self._lock):
+        for file in (*self._lines.values(), self._lock):
             if file is not None:
                 file.close()
+
+
+def _rewind(file: Path, step: int) -> None:
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if (record := _parse(line)) and record["step"] <= step]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

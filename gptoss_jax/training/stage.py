@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from gptoss_jax.checkpoint import orbax_store
-from gptoss_jax.checkpoint.models import Model, carried_files, load_model
-from gptoss_jax.checkpoint.source import open_checkpoint
+from gptoss_jax.checkpoint.models import Model, carried_files, load_model, look_at
 from gptoss_jax.data import BatchStream, Packed, Pipeline, System, load_tokenizer, one_pass, report, shared_warning, training_and_held_out
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
@@ -29,6 +27,7 @@ from gptoss_jax.training.plan import present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.task_rates import TaskRates
+from gptoss_jax.training.teacher import load_teacher
 from gptoss_jax.training.yaml_config import dump_config
 
 HOW_TO_GIVE_DATA = """: give data.train=FILE (.jsonl, .json, .parquet, a directory, or a hub name), with one conversation a line, as
@@ -48,7 +47,8 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
     fmt = Mxfp4(scale_rule=train.quant.scale_rule) if train.quant.format == "mxfp4" else Nvfp4(global_scale=train.quant.global_scale)
     try:
         patterns = (EXPERT_PROJECTIONS,) if train.quant.rules is None else train.quant.rules
-        policy = QuantPolicy(tuple((pattern, fmt) for pattern in patterns), train.quant.estimator)
+        rules, quant = tuple((pattern, fmt) for pattern in patterns), train.quant
+        policy = QuantPolicy(rules, quant.estimator, quant.backward_weight, quant.activations)
         policy.match(abstract_params(config))
         make_expert_quant(policy, jnp.dtype(train.compute_dtype))
     except ValueError as error:
@@ -107,16 +107,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
         raise UsageError(f"config: mesh has {train.mesh.size} devices, but {processes} processes with {devices} devices take part")
     if train.mesh.size == 1:
         return None
-    return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
-
-
-def look_at(path: str) -> tuple[GptOssConfig, Path]:
-    """Architecture and tokenizer directory of a model, without its weights."""
-    found = orbax_store.locate(path)
-    if found is None:
-        source = open_checkpoint(path)
-        return source.config, source.path
-    return GptOssConfig.from_dict(orbax_store.read_meta(*found).model), orbax_store.step_dir(*found) / orbax_store.ASSETS
+    return Shardings.on(config, make_mesh(**train.mesh.model_dump()), transport=train.expert_transport)
 
 
 def run_stage(
@@ -167,6 +158,7 @@ def run_stage(
             eval_batches=(lambda: one_pass(held_out.rows, train.batch.rows, share)) if held_out else None,
             measure=rates,
             shardings=shardings,
+            teacher=load_teacher(train, config, shardings) if train.distill else None,
             assets=carried_files(directory),
             progress=progress,
         )

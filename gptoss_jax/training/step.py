@@ -22,18 +22,19 @@ from jax import lax
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.model import GptOssConfig, abstract_params, forward, load_balancing_loss
+from gptoss_jax.model import GptOssConfig, RouterStats, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
+from gptoss_jax.ops.distillation import Side, distillation_sums
 from gptoss_jax.precision import wide
-from gptoss_jax.quant import ExpertQuant, plain_cast
+from gptoss_jax.quant import ExpertQuant, activation_rounding, plain_cast, with_activations
 from gptoss_jax.quant.expert_quant import PROJECTIONS
-from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, batch_sharding, distribution, param_shardings, replicated
-from gptoss_jax.training.config import TrainConfig
+from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, Transport, batch_sharding, distribution, param_shardings, replicated
+from gptoss_jax.training.config import DistillConfig, TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
 Params = Mapping[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # scalars, and under "router" the RouterStats of all layers
 
 
 class TrainState(NamedTuple):
@@ -55,9 +56,17 @@ class Shardings(NamedTuple):
     distribute: Distribute | None = None
 
     @classmethod
-    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> "Shardings":
+    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, transport: Transport = "auto") -> "Shardings":
         """What the rules make of this model and mesh."""
-        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules))
+        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules, transport))
+
+
+class Teacher(NamedTuple):
+    """The model that training distils from: its architecture, compute weights and, on a mesh, where they lie."""
+
+    config: GptOssConfig
+    params: Params
+    shardings: Mapping[str, Sharding] | None = None
 
 
 class Captured(NamedTuple):
@@ -136,37 +145,74 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
 
 def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute | None) -> Float[Array, ""]:
     """Sum of weight * nll over the tokens of a batch."""
-    run = lambda *arrays, gathers=(): cross_entropy_sum(*arrays, dtype, gathers)
+    run = lambda *arrays, gathers=(), vocab=(): cross_entropy_sum(*arrays, dtype, gathers, vocab)
     if distribute is not None:
         run = distribute.loss(run)
     return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
 
 
-def make_loss(
-    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None, capture: bool = False, distribute: Distribute | None = None
-) -> Callable:
-    """`loss(trained, frozen, microbatch, total_weight, total_tokens) -> (scalar, (nll, aux, captured))`: the share of a microbatch in its batch.
+class LossParts(NamedTuple):
+    """What a loss hands out beside its value. `nll` is what is minimised but for the auxiliary loss of the router; `mixed` what a distillation mixes
+    it of, cross_entropy and kl; `router` are sums over the tokens of the microbatch, [L, E] and [L]; `captured` is None unless asked for."""
 
-    With `cast_at: step` the experts in trained and frozen are compute weights already."""
+    nll: Float[Array, ""]
+    aux: Float[Array, ""]
+    mixed: dict[str, Float[Array, ""]]
+    router: RouterStats
+    captured: dict[str, Any] | None
+
+
+def _distillation(hidden_BTD, params: Params, teacher_BTD, teacher: Params, batch, dtype, distill: DistillConfig, distribute: Distribute | None):
+    """The sums of `distillation_sums` over the tokens of a batch."""
+
+    def run(hidden_BTD, w_VD, targets_BT, weights_BT, teacher_BTD, teacher_w_VD, gathers=(), vocab=()):
+        sides = Side(hidden_BTD, w_VD), Side(teacher_BTD, teacher_w_VD)
+        return distillation_sums(*sides, targets_BT, weights_BT, distill.weight, distill.temperature, dtype, gathers, vocab)
+
+    if distribute is not None:
+        run = distribute.loss(run)
+    return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT, teacher_BTD, teacher["lm_head.weight"])
+
+
+def make_loss(
+    config: GptOssConfig,
+    train: TrainConfig,
+    expert_quant: ExpertQuant | None,
+    capture: bool = False,
+    distribute: Distribute | None = None,
+    teacher_config: GptOssConfig | None = None,
+) -> Callable:
+    """`loss(trained, frozen, microbatch, total_weight, total_tokens, *teacher) -> (scalar, LossParts)`: a microbatch's share.
+
+    With `cast_at: step` the experts in trained and frozen are compute weights already. `teacher` are the parameters of the model that `train.distill`
+    names, whose architecture is `teacher_config`."""
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
-        expert_quant = plain_cast(dtype)
+        expert_quant = with_activations(plain_cast(dtype), activation_rounding(expert_quant))
 
-    def loss(trained, frozen, batch, total_weight, total_tokens):
+    run = partial(forward, dtype=dtype, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute)
+    tokens = lambda batch: (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
+
+    def loss(trained, frozen, batch, total_weight, total_tokens, *teacher):
         params = {**trained, **frozen}
-        out = forward(
-            config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant, capture=capture,
-            remat=train.remat, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute,
-        )
+        out = run(config, params, *tokens(batch), expert_quant=expert_quant, capture=capture, remat=train.remat)
+        mixed = {}
+        if teacher:
+            with jax.named_scope("teacher"):
+                teacher_BTD = lax.stop_gradient(run(teacher_config, teacher[0], *tokens(batch), expert_quant=plain_cast(dtype)).hidden_BTD)
         with jax.named_scope("loss"):
-            nll = _loss_sum(out.hidden_BTD, params, batch, dtype, distribute)
-        nll = nll / total_weight
+            if teacher:
+                sums = _distillation(out.hidden_BTD, params, teacher_BTD, teacher[0], batch, dtype, train.distill, distribute)
+                nll, *rest = (x / total_weight for x in sums)
+                mixed = dict(zip(("cross_entropy", "kl"), rest))
+            else:
+                nll = _loss_sum(out.hidden_BTD, params, batch, dtype, distribute) / total_weight
         aux = jnp.float32(0)
         if train.router_aux_loss_coef:
             # per microbatch, as every trainer does, weighted by its tokens: the product of two means is not a sum over tokens
             share = jnp.sum(batch.segment_ids_BT > 0) / total_tokens
             aux = load_balancing_loss(out.router) * share
-        return nll + train.router_aux_loss_coef * aux, (nll, aux, out.captured)
+        return nll + train.router_aux_loss_coef * aux, LossParts(nll, aux, mixed, out.router, out.captured)
 
     return loss
 
@@ -175,10 +221,13 @@ class _Grads(NamedTuple):
     grads: dict[str, Array]
     nll: Array
     aux: Array
+    mixed: dict[str, Array]
+    router: RouterStats
 
 
 def _gradients(
-    loss: Callable, train: TrainConfig, expert_quant: ExpertQuant | None, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch
+    loss: Callable, train: TrainConfig, expert_quant: ExpertQuant | None, optimizer: Optimizer, shardings: Shardings | None, params: Params, batch,
+    *teacher: Params,
 ) -> tuple[_Grads, Any]:
     """Gradients of the whole batch over the trained parameters, and what the last microbatch captured."""
     trained = {name: params[name] for name in optimizer.trained}
@@ -200,10 +249,11 @@ def _gradients(
         return {name: lax.with_sharding_constraint(grad, shardings.params[name]) for name, grad in grads.items()}
 
     def microbatch_grads(microbatch):
-        (_, (nll, aux, captured)), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens)
+        (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(trained, frozen, microbatch, total_weight, total_tokens, *teacher)
+        captured = parts.captured
         if captured is not None and codes is not None:
             captured = {name: (consumed, codes[name]) for name, (consumed, _) in captured.items()}
-        return _Grads(place(to_masters(grads)), nll, aux), captured
+        return _Grads(place(to_masters(grads)), parts.nll, parts.aux, parts.mixed, parts.router), captured
 
     num_microbatches = train.batch.accumulation
     if num_microbatches == 1:
@@ -234,18 +284,27 @@ def _jit(function: Callable, in_shardings, out_shardings, shardings: Shardings |
 
 
 def make_train_step(
-    config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant | None = None, shardings: Shardings | None = None
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The compiled `train_step(state, batch) -> (state, metrics)`; the state is donated.
+    config: GptOssConfig,
+    train: TrainConfig,
+    expert_quant: ExpertQuant | None = None,
+    shardings: Shardings | None = None,
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled `train_step(state, batch) -> (state, metrics)`, with the parameters of the teacher as a third argument if there is one; the state
+    is donated.
 
-    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row.
+    Metrics (scalars): loss, aux_loss, grad_norm, lr, tokens, trained_tokens, skipped (0 or 1), skipped_in_row; cross_entropy and kl with a teacher;
+    and router, the `RouterStats` of the batch, stacked over layers.
     When loss or gradient norm is not finite, parameters and optimizer keep their values and only the step advances.
+
+    Args:
+      teacher: architecture (and layout) of the model of `train.distill`.
     """
     optimizer = make_optimizer(train, abstract_params(config))
-    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute)
+    loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute, teacher_config=teacher and teacher.config)
 
-    def train_step(state: TrainState, batch):
-        (grads, nll, aux), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
+    def train_step(state: TrainState, batch, *teacher: Params):
+        (grads, nll, aux, mixed, router), _ = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch, *teacher)
         with jax.named_scope("optimizer"):
             trained = {name: state.params[name] for name in optimizer.trained}
             finite = jnp.isfinite(nll) & jnp.isfinite(aux)
@@ -261,11 +320,14 @@ def make_train_step(
             "trained_tokens": jnp.sum(batch.loss_weights_BT > 0),
             "skipped": skipped,
             "skipped_in_row": in_row,
+            **mixed,
+            "router": router,
         }
         return TrainState(state.step + 1, {**state.params, **moved}, opt_state, state.skipped + skipped, in_row), metrics
 
     where = state_shardings(config, train, shardings)
-    return _jit(train_step, shardings and (where, shardings.batch), shardings and (where, shardings.scalar), shardings, donate=True)
+    arguments = shardings and (where, shardings.batch, *((teacher.shardings,) if teacher else ()))
+    return _jit(train_step, arguments, shardings and (where, shardings.scalar), shardings, donate=True)
 
 
 def make_eval_step(
@@ -290,7 +352,7 @@ def make_capture_step(
     config: GptOssConfig, train: TrainConfig, expert_quant: ExpertQuant, shardings: Shardings | None = None, *, weights: bool = True
 ) -> Callable[[TrainState, Any], Captured]:
     """The compiled `capture_step(state, batch) -> Captured`: forward and backward exactly as in `train_step` (scan, remat, microbatches, sharding),
-    without the update, handing out the expert weights that it computed with and the codes those were decoded from.
+    without the update, handing out the expert weights that it computed with and the codes those were decoded from. A teacher has no part in it.
 
     With `weights` False, for the hashes of a checkpoint, the codes alone, from the forward pass of the first microbatch: they follow from the
     parameters, and gradients, held for their norm, would be 42 GB beside 10 GB of codes (20b on one GPU). Without `weights` and `grad_norm`."""
@@ -302,11 +364,11 @@ def make_capture_step(
         if train.cast_at == "step":
             params, prepared = _prepare(expert_quant, params)
         first = jax.tree.map(lambda x: x[0], _split(batch, train.batch.accumulation))
-        _, (nll, _, captured) = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
-        return Captured(nll, jnp.float32(jnp.nan), {}, prepared or {name: codes for name, (_, codes) in captured.items()})
+        _, parts = loss(params, {}, first, jnp.maximum(jnp.sum(first.loss_weights_BT), 1), jnp.int32(1))
+        return Captured(parts.nll, jnp.float32(jnp.nan), {}, prepared or {name: codes for name, (_, codes) in parts.captured.items()})
 
     def capture_step(state: TrainState, batch):
-        (grads, nll, _), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
+        (grads, nll, *_), captured = _gradients(loss, train, expert_quant, optimizer, shardings, state.params, batch)
         consumed = {name: weight for name, (weight, _) in captured.items()}
         return Captured(nll, global_norm(grads), consumed, {name: codes for name, (_, codes) in captured.items()})
 

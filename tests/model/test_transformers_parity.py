@@ -104,7 +104,7 @@ def test_each_module_matches_transformers(tiny_config):
     def modules(block_graph, block_state, x_BTD):
         block = nnx.merge(block_graph, block_state)
         norms = [block.input_layernorm(x_BTD * scale) for scale in NORM_SCALES]
-        experts, scores, _ = block.mlp.router(x_BTD.reshape(-1, config.hidden_size), jnp.ones(2 * LENGTH))
+        experts, scores = (x_BTA.reshape(2 * LENGTH, -1) for x_BTA in block.mlp.router(x_BTD, jnp.ones(x_BTD.shape[:2]))[:2])
         return norms, block.self_attn(x_BTD, context), experts, scores, block.mlp(x_BTD, context)[0]
 
     for layer, theirs in enumerate(model.model.layers):

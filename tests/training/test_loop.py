@@ -76,6 +76,7 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken, tmp_path):
     trainer, _ = run(tmp_path / "out", resume=True)
     assert bits(trainer.state) == bits(unbroken[1].state)
     assert metrics_of(tmp_path / "out") == metrics_of(unbroken[0])
+    assert (tmp_path / "out" / "router.jsonl").read_text() == (unbroken[0] / "router.jsonl").read_text()
     assert trainer.batches.state() == unbroken[1].batches.state()
     metas = [orbax_store.read_meta(p / "checkpoints", 7) for p in (tmp_path / "out", unbroken[0])]
     assert metas[0] == metas[1] and metas[0].source == {"path": "base"} and metas[0].data_state == {"index": 7, "seed": 0}
@@ -88,11 +89,25 @@ def test_metrics_have_one_line_a_step(unbroken):
     assert set(lines[0]) == {"step", "eval_loss"}
     for line in lines[1:]:
         expected = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "skipped", "tok_per_s"}
-        assert set(line) - {"eval_loss"} == expected and line["skipped"] == 0
+        expected |= {"router/load_max", "router/load_cv", "router/entropy", "router/dropped"}
+        assert set(line) - {"eval_loss"} == expected and line["skipped"] == line["router/dropped"] == 0
+        assert [len(line[key]) for key in ("router/load_max", "router/load_cv", "router/entropy")] == [CONFIG.num_hidden_layers] * 3
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 7]
     assert lines[1]["tok_per_s"] is None and lines[2]["tok_per_s"] > 0
     assert lines[-1]["eval_loss"] == pytest.approx(trainer.evaluate(), rel=1e-6)
     assert orbax_store.list_steps(path / "checkpoints") == [6, 7]
+
+
+def test_evaluations_write_the_load_of_every_expert(unbroken):
+    path, _, _ = unbroken
+    tables = [json.loads(line) for line in (path / "router.jsonl").read_text().splitlines()]
+    assert [table["step"] for table in tables] == [2, 4, 6, 7]
+    for table, line in zip(tables, [line for line in read_metrics(path) if line["step"] and "eval_loss" in line]):
+        load_LE, mean_LE = np.array(table["assignments"]), np.array(table["probability"])
+        assert load_LE.shape == mean_LE.shape == (CONFIG.num_hidden_layers, CONFIG.num_local_experts) and table["tokens"] == line["tokens"]
+        np.testing.assert_array_equal(load_LE.sum(1), line["tokens"] * CONFIG.num_experts_per_tok)
+        np.testing.assert_allclose(load_LE.max(1) / load_LE.mean(1), line["router/load_max"], atol=1e-4)
+        np.testing.assert_allclose(mean_LE.sum(1), 1, atol=1e-5)
 
 
 def test_console_prints_plain_lines_where_there_is_no_terminal(unbroken):
@@ -189,6 +204,6 @@ def test_qat_checkpoint_carries_the_hashes_of_the_codes_of_its_masters(tmp_path)
     params = orbax_store.restore_params(tmp_path / "out" / "checkpoints", 7)
     codes = {name: Mxfp4().encode(p) for name, p in params.items() if name.endswith(("gate_up_proj", "down_proj"))}
     assert meta.code_hashes == code_hashes(CONFIG, codes) and len(meta.code_hashes) == 4
-    assert bits(params) == bits(trainer.state.params) and meta.quant == policy.to_dict()
+    assert bits(params) == bits(trainer.state.params) and meta.quant == policy.to_dict() and meta.quant["estimator"] == {"name": "ste"}
     rounded = {name: Mxfp4().encode(params[name].astype("bfloat16")) for name in codes}
     assert all(meta.code_hashes[key] != value for key, value in code_hashes(CONFIG, rounded).items())

@@ -16,7 +16,7 @@ from gptoss_jax.cli import main
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig, num_params
 from gptoss_jax.quant import make_expert_quant
-from gptoss_jax.sharding import make_mesh
+from gptoss_jax.sharding import make_mesh, param_shardings
 from gptoss_jax.training.config import parse
 from gptoss_jax.training.plan import (
     DEVICES,
@@ -24,6 +24,7 @@ from gptoss_jax.training.plan import (
     architecture,
     device_bytes,
     evaluate,
+    expert_rows,
     find_device,
     memory,
     parameters,
@@ -44,24 +45,30 @@ COMPACT = {"master_dtype": "bfloat16", "optimizer": {"first_moment": "int8", "se
 
 
 def planned(layout: Layout) -> tuple[int, int]:
-    """Argument and output bytes that a program of this plan must have. Outputs: the state, eight metrics, and a pointer for each array (XLA:CPU)."""
-    state = device_bytes(layout.state)
-    num_outputs = len(jax.tree.leaves(layout.state)) + 8
-    return state + device_bytes(layout.batch), state + 8 * 4 + 8 * num_outputs
+    """Argument and output bytes that a program of this plan must have. Outputs: the state, eight metrics (ten with a teacher), four statistics of the
+    router, and a pointer for each array (XLA:CPU)."""
+    state, num_metrics = device_bytes(layout.state), 8 + 2 * (layout.teacher is not None)
+    num_outputs = len(jax.tree.leaves(layout.state)) + num_metrics + 4
+    router = layout.config.num_hidden_layers * (2 * layout.config.num_local_experts + 2) * 4
+    teacher = device_bytes(layout.teacher.params) if layout.teacher else 0
+    return state + teacher + device_bytes(layout.batch), state + 4 * num_metrics + router + 8 * num_outputs
 
 
 def compiled(config, train, layout):
     shardings = Shardings.on(config, make_mesh(**train.mesh.model_dump())) if train.mesh.size > 1 else None
-    step = make_train_step(config, train, make_expert_quant(quant_policy(train, config), jnp.dtype(train.compute_dtype)), shardings)
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layout.batch)
-    return step.lower(abstract_state(config, train, shardings), batch).compile().memory_analysis()
+    teacher = layout.teacher and layout.teacher._replace(shardings=shardings and param_shardings(layout.teacher.config, shardings.scalar.mesh))
+    step = make_train_step(config, train, make_expert_quant(quant_policy(train, config), jnp.dtype(train.compute_dtype)), shardings, teacher)
+    shapes = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    teacher = (shapes(layout.teacher.params),) if layout.teacher else ()
+    return step.lower(abstract_state(config, train, shardings), shapes(layout.batch), *teacher).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("model,sizes,changes", [
     ("nano", {"fsdp": 8}, {}),
     ("small", {"fsdp": 2, "context": 2, "tensor": 2}, {"batch": {"rows": 8, "accumulation": 2}}),
     ("small", {"fsdp": 2, "expert": 2, "data": 2}, {"quant": {"format": "mxfp4"}, **COMPACT}),
-], ids=["nano-fsdp8", "context2-tensor2", "qat-compact-expert2"])  # fmt: skip
+    ("nano", {"fsdp": 2, "expert": 4}, {"quant": {"format": "mxfp4"}, "distill": {"teacher": "nano"}}),
+], ids=["nano-fsdp8", "context2-tensor2", "qat-compact-expert2", "qad-expert4"])  # fmt: skip
 def test_arguments_and_outputs_are_those_of_the_compiled_program(model, sizes, changes):
     config = architecture("nano")[0] if model == "nano" else dataclasses.replace(CONFIG, num_local_experts=8)
     train = parse({"steps": 1, "batch": {"rows": 8}, "data": {"row_length": 64}, "mesh": sizes, **changes})
@@ -115,6 +122,27 @@ def test_codes_travel_at_a_quarter_of_the_bytes_and_over_their_axes_only():
     assert sft["experts' weights"].num_bytes == 3 * 16 * 3 * 2880**2 * 2 // 4 * 24 * 2 and sft["experts' weights"].axes == ("fsdp",)
     assert {sft[what].axes for what in ("rows to experts", "rows from experts")} == {("expert",)}
     assert not traffic(layout_of("batch.rows=4"), H200)
+
+
+def test_ragged_rows_send_what_even_routing_needs():
+    """32 experts, 4 of a token, over 8 devices: a row is needed on a given one with probability 1 - C(28, 4)/C(32, 4) = 0.43."""
+    layouts = [layout_of("mesh={expert: 8}", f"expert_transport={transport}") for transport in ("gather", "ragged", "auto")]
+    gather, ragged, auto = ({what: c for what, c in collectives(layout).items() if what.startswith("rows")} for layout in layouts)
+    for what in ("rows to experts", "rows from experts"):
+        assert ragged[what].num_bytes / gather[what].num_bytes == pytest.approx(1 - 20475 / 35960, rel=1e-6)
+        assert (gather[what].kind != "ragged all-to-all") and ragged[what].kind == "ragged all-to-all"
+    assert ragged == auto, "on GPUs"
+    assert expert_rows(layouts[0])["gather"] * 24 * 3 == gather["rows to experts"].num_bytes, "24 layers, forward twice and backward"
+
+
+def test_the_table_of_the_embedding_stays():
+    """Of the two tables the unembedding alone travels, cut in two by tensor, where rows of gradients are summed instead."""
+    plain, tensor = (collectives(layout_of(f"mesh={mesh}")) for mesh in ("{fsdp: 8}", "{fsdp: 4, tensor: 2}"))
+    table, tokens = 201088 * 2880, 32 * 4096 // 8
+    assert plain["rows of the embedding"].num_bytes == 2 * tokens * 2880 * 2 * 7 // 8 and plain["rows of the embedding"].kind == "all-to-all"
+    assert plain["other gradients, float32"].num_bytes > 4 * table * 7 / 8 and "gradients of the last hidden states, float32" not in plain
+    assert tensor["gradients of the last hidden states, float32"].num_bytes == 4 * 2 * tokens * 2880
+    assert tensor["other gradients, float32"].num_bytes < 4 * table
 
 
 def test_links_of_a_node_and_network_cards_between_nodes():

@@ -66,9 +66,9 @@ class FreezeState(NamedTuple):
 @dataclass(frozen=True)
 class IterativeFreezing:
     """Freezes elements that flip back more often than a threshold, for good, at that of the two values that they took more of the time
-    (arXiv:2203.11086). The frequency f <- m [flipped against the last direction] + (1 - m) f crosses the threshold at a flip: the values are w_q before
-    and after it, and the nearer to the running mean of w_q wins. The threshold goes along a cosine from `threshold` to `final_threshold` over `steps`
-    (constant without). What is frozen is the latent weight: a scale that changes later moves the grid under it."""
+    (arXiv:2203.11086). The frequency f <- m [flipped against the last direction] + (1 - m) f crosses the threshold at a flip: the values are w_q
+    before and after it, and the nearer to the running mean of w_q wins. The threshold goes along a cosine from `threshold` to `final_threshold`
+    over `steps` (constant without). What is frozen is the latent weight: a scale that changes later moves the grid under it."""
 
     threshold: float = 0.04
     final_threshold: float = 0.01

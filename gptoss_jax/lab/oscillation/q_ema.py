@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.formats.bits import join_blocks, split_blocks
 from gptoss_jax.lab.oscillation.common import Params, Round, experts
+from gptoss_jax.lab.straight import straight
 from gptoss_jax.quant.cells import cells_of
 
 SUFFIX = ".ema"
@@ -40,8 +41,7 @@ class QEma:
     def __call__(self, params: Params, extra: Params, key: Array, step: Array) -> dict[str, Array]:
         """Straight-through for the weights, no gradient for the means."""
         rounded = self.round(params, extra)
-        pass_through = lambda w, w_q: lax.stop_gradient(w_q) + (w - lax.stop_gradient(w))
-        return {**params, **{name: pass_through(params[name], rounded[name]) for name in experts(params)}}
+        return {**params, **{name: straight(rounded[name], params[name]) for name in experts(params)}}
 
     def round(self, params: Params, extra: Params) -> dict[str, Array]:
         """The same values, without a gradient."""

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from gptoss_jax.data import Batch
-from gptoss_jax.model import GptOssConfig
+from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.ops.grouped_matmul import block_rows, max_slots
-from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES
+from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES, param_shardings
+from gptoss_jax.sharding.experts import choose_transport
 from gptoss_jax.training.config import BatchConfig, MeshConfig, TrainConfig
-from gptoss_jax.training.step import Shardings, TrainState, abstract_state
+from gptoss_jax.training.plan.architecture import architecture
+from gptoss_jax.training.step import Shardings, Teacher, TrainState, abstract_state
 
 
 def device_bytes(tree: Any) -> int:
@@ -61,6 +63,17 @@ class Layout:
         return abstract_state(self.config, self.train.model_copy(update=same), self.shardings)
 
     @cached_property
+    def teacher(self) -> Teacher | None:
+        """Shapes and shardings of the model that the config distils from."""
+        if self.train.distill is None:
+            return None
+        config, _ = architecture(self.train.distill.teacher)
+        places = self.shardings and param_shardings(config, self.mesh)
+        shapes = abstract_params(config, jnp.dtype(self.train.compute_dtype)).items()
+        params = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places and places[name]) for name, x in shapes}
+        return Teacher(config, params, places)
+
+    @cached_property
     def batch(self) -> Batch:
         shape, sharding = (self.train.batch.rows, self.train.data.row_length), self.shardings and self.shardings.batch
         dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
@@ -90,6 +103,14 @@ class Layout:
     def exchanged_tokens(self) -> int:
         """Tokens that come together over `expert`."""
         return self.tokens * self.sizes.expert
+
+    @property
+    def transport(self) -> str:
+        """How rows get to the experts of other devices: "gather" or "ragged", which sends `expected_share` of a gather's rows at even routing."""
+        config = self.config
+        return choose_transport(
+            self.train.expert_transport, self.kernels == "triton", config.num_local_experts, config.num_experts_per_tok, self.sizes.expert
+        )
 
     @property
     def experts(self) -> int:

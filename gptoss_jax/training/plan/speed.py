@@ -52,6 +52,8 @@ def speed(layout: Layout, device: Device, efficiency: float = EFFICIENCY) -> Spe
     useful = train_flops(config, rows, length)
     layers = forward_flops(config, rows, length, logits=False)
     executed = useful + (layers if train.remat == "layer" else 0)
+    if layout.teacher:
+        executed += forward_flops(layout.teacher.config, rows, length)
     compute = executed / devices / (device.peak_flops * efficiency)
     return Speed(
         compute, _moved_bytes(layout) / device.memory_rate, sum(c.seconds for c in traffic(layout, device)), useful, executed, rows * length
@@ -59,15 +61,16 @@ def speed(layout: Layout, device: Device, efficiency: float = EFFICIENCY) -> Spe
 
 
 def _moved_bytes(layout: Layout) -> float:
-    """Bytes that a device reads and writes in a step: per microbatch masters once in each pass (cast or encoded), compute weights of experts written
-    and read in forward, recomputation and twice in backward, values of layers written and read in each pass and their gradients as much; then
-    gradients, masters and moments once each way."""
+    """Bytes that a device reads and writes in a step: per microbatch the teacher's weights, masters once in each pass (cast or encoded), compute
+    weights of experts written and read in forward, recomputation and twice in backward, values of layers written and read in each pass and their
+    gradients as much; then gradients, masters and moments once each way."""
     train, config, c = layout.train, layout.config, layout.compute_bytes
     passes = 1 if train.remat == "none" else 2
     trained, _ = split_frozen(layout.state.params, train.freeze)
     masters = device_bytes(layout.state.params)
+    teacher = device_bytes(layout.teacher.params) if layout.teacher else 0
     gradients = device_bytes({name: layout.state.params[name] for name in trained})
     weights = config.num_hidden_layers * sum(layout.expert_elements)
     values = sum(sum(layer_bytes(layout, kind)) for kind in config.layer_types)
-    microbatch = passes * masters + weights * (c * (2 * passes + 2) + 4 + c) + 2 * values * (passes + 1) + 3 * gradients
+    microbatch = teacher + passes * masters + weights * (c * (2 * passes + 2) + 4 + c) + 2 * values * (passes + 1) + 3 * gradients
     return train.batch.accumulation * microbatch + 2 * (masters + device_bytes(layout.state.opt_state)) + gradients

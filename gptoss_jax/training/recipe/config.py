@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.strict_yaml import merge
-from gptoss_jax.training.config import DataConfig, PositiveInt, Section, TrainConfig
+from gptoss_jax.training.config import DataConfig, Distillation, PositiveInt, Section, TrainConfig
 from gptoss_jax.training.recipe.gate import GateConfig
 from gptoss_jax.training.recipe.rows import ROWS, NvidiaTask, RowName
 from gptoss_jax.training.yaml_config import parse_override, read_yaml
@@ -62,17 +62,19 @@ class RecipeConfig(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     # name -> dotted settings of sft, qat and data over those below; none: the recipe as it stands
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], dict[str, Any]] = Field(default_factory=dict)
-    # `model`, `output`, `quant` and `seed` are filled in; what a stage says about `data` goes before the recipe's
+    # `model`, `output`, `quant`, `distill` and `seed` are filled in; what a stage says about `data` goes before the recipe's
     sft: TrainConfig
     qat: TrainConfig
+    # of the stage qad_mxfp4: QAT with the settings of `qat` towards the probabilities of the SFT model
+    qad: Distillation = Distillation()
     gate: GateConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
         for name in ("sft", "qat"):
             stage: TrainConfig = getattr(self, name)
-            if stage.quant is not None or stage.model or stage.output or stage.data.train or stage.data.eval:
-                raise ValueError(f"{name} leaves model, output, data files and quant to the recipe")
+            if stage.quant is not None or stage.distill or stage.model or stage.output or stage.data.train or stage.data.eval:
+                raise ValueError(f"{name} leaves model, output, data files, quant and distill to the recipe")
         if self.sft.compute_dtype != self.qat.compute_dtype:
             raise ValueError("sft and qat must compute in the same dtype, or the rows would not be comparable")
         if self.data.train is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["base", "sft", "sft_longer", "qat_mxfp4", "qat_nvfp4", "direct"]
+Stage = Literal["base", "sft", "sft_longer", "qat_mxfp4", "qat_nvfp4", "qad_mxfp4", "direct"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,18 @@ ROWS = {
     "sft_ptq": Row("SFT + PTQ MXFP4", "sft", "mxfp4"),
     "qat_mxfp4": Row("SFT + QAT MXFP4", "qat_mxfp4", "mxfp4"),
     "qat_nvfp4": Row("SFT + QAT NVFP4", "qat_nvfp4", "nvfp4"),
+    "qad_mxfp4": Row("SFT + QAD MXFP4", "qad_mxfp4", "mxfp4"),
     "sft_ptq_nvfp4": Row("SFT + PTQ NVFP4", "sft", "nvfp4"),
     "sft_longer": Row("longer SFT BF16", "sft_longer", "bf16"),
     "sft_longer_ptq": Row("longer SFT + PTQ MXFP4", "sft_longer", "mxfp4"),
     "direct": Row("direct QAT MXFP4", "direct", "mxfp4"),
 }
-RowName = Literal["original", "sft", "sft_ptq", "qat_mxfp4", "qat_nvfp4", "sft_ptq_nvfp4", "sft_longer", "sft_longer_ptq", "direct"]
+RowName = Literal[
+    "original", "sft", "sft_ptq", "qat_mxfp4", "qat_nvfp4", "qad_mxfp4", "sft_ptq_nvfp4", "sft_longer", "sft_longer_ptq", "direct"
+]  # fmt: skip
 FOUR_ROWS = ("original", "sft", "sft_ptq", "qat_mxfp4")  # those of NVIDIA's table
 DEMO_ROWS = (*FOUR_ROWS, "qat_nvfp4")
-QAT_ROWS = tuple(name for name, row in ROWS.items() if row.stage in ("qat_mxfp4", "qat_nvfp4", "direct"))
+QAT_ROWS = tuple(name for name, row in ROWS.items() if row.stage in ("qat_mxfp4", "qat_nvfp4", "qad_mxfp4", "direct"))
 
 # pass rates in % of gpt-oss-20b on the validation splits of Multilingual-Thinking and FalseReject (LMSYS blog, 2025-08-28)
 NVIDIA_20B = {

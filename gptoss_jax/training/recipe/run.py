@@ -1,6 +1,6 @@
 """Runs a recipe: original -> SFT -> QAT -> export -> verify -> pass rates, for all variants and seeds, ending in a table.
 
-    stages   base -> sft -> qat_mxfp4, qat_nvfp4                 base -> direct (QAT from the base, as long as SFT and QAT together)
+    stages   base -> sft -> qat_mxfp4, qat_nvfp4, qad_mxfp4      base -> direct (QAT from the base, as long as SFT and QAT together)
                         -> sft_longer (as long as QAT, not quantized: what QAT is compared with at equal cost)
     rows     a stage and the number format that it is exported in; every row is measured on the exported files, loaded again
 
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.checkpoint.models import load_model
+from gptoss_jax.checkpoint.models import load_model, look_at
 from gptoss_jax.data.harmony import load_tokenizer
 from gptoss_jax.errors import UsageError
 from gptoss_jax.training.recipe.config import RecipeConfig
@@ -29,7 +29,7 @@ from gptoss_jax.training.recipe.gate import GATE, GateFailed, judge, verdict
 from gptoss_jax.training.recipe.results import RESULTS, Measured, Results, read_results, write_atomic
 from gptoss_jax.training.recipe.rows import ROWS
 from gptoss_jax.training.recipe.stages import Say, Stages
-from gptoss_jax.training.stage import look_at, make_shardings
+from gptoss_jax.training.stage import make_shardings
 
 Key = tuple[str, str, int]  # row, variant, seed
 SETTINGS = "recipe.json"

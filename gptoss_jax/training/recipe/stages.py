@@ -11,7 +11,7 @@ from gptoss_jax.checkpoint.models import load_model
 from gptoss_jax.errors import RunError
 from gptoss_jax.evaluation.tasks import sft_rows, write_jsonl
 from gptoss_jax.formats import Mxfp4, Nvfp4
-from gptoss_jax.training.config import DataConfig, TrainConfig
+from gptoss_jax.training.config import DataConfig, DistillConfig, TrainConfig
 from gptoss_jax.training.recipe.config import NANO_DATA, RecipeConfig
 from gptoss_jax.training.recipe.rows import ROWS, Stage
 from gptoss_jax.training.run_dir import CONFIG
@@ -59,7 +59,9 @@ class Stages:
             length = {"steps": sft.steps + qat.steps} if sft.steps else {"epochs": (sft.epochs or 1.0) + (qat.epochs or 1.0)}
             return self._train(stage, variant, seed, sft.model_copy(update={**length, "quant": _quant("mxfp4")}), config.model)
         start, before = self.run("sft", self.owner("sft", variant), seed)
-        settings = qat if stage == "sft_longer" else qat.model_copy(update={"quant": _quant(stage.removeprefix("qat_"))})
+        settings = qat if stage == "sft_longer" else qat.model_copy(update={"quant": _quant(stage.partition("_")[2])})
+        if stage.startswith("qad"):
+            settings = settings.model_copy(update={"distill": DistillConfig(teacher=str(start), **config.qad.model_dump())})
         directory, steps = self._train(stage, variant, seed, settings, str(start))
         return directory, before + steps
 

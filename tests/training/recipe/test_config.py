@@ -29,7 +29,7 @@ def test_what_a_stage_says_about_data_goes_before_the_recipes(tmp_path):
     "changes,message",
     [
         ({"qat": {**STAGE, "compute_dtype": "bfloat16"}}, "same dtype"),
-        ({"sft": {**STAGE, "model": "elsewhere"}}, "sft leaves model, output, data files and quant to the recipe"),
+        ({"sft": {**STAGE, "model": "elsewhere"}}, "sft leaves model, output, data files, quant and distill to the recipe"),
         ({"sft": {**STAGE, "stepz": 3}}, "unknown key; did you mean 'sft.steps'"),
         ({"sft": {**STAGE, "optimizer": {"learning_rat": 1}}}, "did you mean 'sft.optimizer.learning_rate'"),
         ({"data": {}}, "data.train is not set"),
