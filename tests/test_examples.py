@@ -27,6 +27,7 @@ def test_example_estimator_is_an_arm_of_its_experiment():
     assert len(body.strip().splitlines()) < 30
 
 
+@pytest.mark.slow
 def test_notebook_runs():
     """Each code cell in order in one namespace; a cell's last line may be a bare value."""
     matplotlib = pytest.importorskip("matplotlib", reason="plots extra")
