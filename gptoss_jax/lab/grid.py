@@ -13,13 +13,13 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoss_jax.errors import CorruptError, RunError, UsageError
-from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint
+from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint, load_experiment
 from gptoss_jax.lab.held_out import deployed, rounding_of
 from gptoss_jax.lab.parts import export_of, quantizer_of
 from gptoss_jax.lab.stages import Say, Stages, locked
@@ -148,6 +148,20 @@ def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
         "seconds": {"arm": round(time.monotonic() - start, 2), "training": round(final.record["seconds"], 2)},
         "versions": {"jax": jax.__version__, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()},
     }
+
+
+def run_experiment(path: str | Path, out: Path, overrides: Sequence[str] = (), say: Say = print) -> list[dict[str, Any]]:
+    """Runs an experiment in this process and returns all its results; what is there is not run again.
+
+    Raises:
+      UsageError: no valid experiment, or results of other settings in `out`. RunError: another process is still at some of it.
+    """
+    experiment, arms = load_experiment(path, overrides)
+    tasks = tasks_of(experiment, arms)
+    check_definitions(experiment, tasks, out)
+    work(experiment, tasks, out, say)
+    check_complete(tasks, out)
+    return results_of(experiment, arms, out)
 
 
 def results_of(experiment: Experiment, arms: list[NamedArm], out: Path) -> list[dict[str, Any]]:
