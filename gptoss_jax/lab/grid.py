@@ -20,7 +20,7 @@ from typing import Any
 
 from gptoss_jax.errors import CorruptError, RunError, UsageError
 from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint, load_experiment
-from gptoss_jax.lab.held_out import deployed, rounding_of
+from gptoss_jax.lab.held_out import deployed, deployed_format, rounding_of
 from gptoss_jax.lab.parts import export_of, quantizer_of
 from gptoss_jax.lab.stages import Say, Stages, locked
 from gptoss_jax.training.recipe.results import write_atomic
@@ -133,9 +133,10 @@ def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
     start, arm, seed = time.monotonic(), task.arm.settings, task.seed
     sft = stages.sft(arm, seed)
     final = stages.final(arm, seed, keep=keep)
-    made = deployed(stages.model.config, final.params, final.extra, quantizer_of(arm), export_of(arm))
+    quantizer, export = quantizer_of(arm), export_of(arm)
+    made = deployed(stages.model.config, final.params, final.extra, quantizer, export)
     measured = stages.held_out.measure(made)
-    measured["rounding"] = rounding_of(final.params, made, stages.model.params)
+    measured["rounding"] = rounding_of(final.params, made, stages.model.params, deployed_format(quantizer, export))
     return {
         "arm": task.arm.name,
         "levels": dict(task.arm.levels),

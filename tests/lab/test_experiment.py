@@ -141,7 +141,7 @@ def test_exports_do_not_multiply_the_training_of_a_shipped_experiment():
     stages = Stages.__new__(Stages)
     stages.experiment = experiment
     names = {json.dumps(stages.settings(arm.settings, 0), sort_keys=True) for arm in arms}
-    assert len(arms) == 45 and len(names) == 3 * 4  # per regime: further SFT from the base and from the moved base, two ways of QAT
+    assert len(arms) == 51 and len(names) == 3 * 4  # per regime: further SFT from the base and from the moved base, two ways of QAT
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------------------------
