@@ -67,8 +67,12 @@ def read_result(file: Path) -> dict[str, Any]:
     return result
 
 
-def check_definitions(experiment: Experiment, tasks: list[Task], out: Path) -> None:
-    """Raises UsageError where a result there was made under other settings, naming them."""
+def prepare(experiment: Experiment, tasks: list[Task], out: Path) -> None:
+    """Makes `out` the directory of this experiment. Once, before processes are started.
+
+    Raises:
+      UsageError: a result there was made under other settings; it names them.
+    """
     for task in tasks:
         file = task.file(out)
         if file.exists():
@@ -78,6 +82,8 @@ def check_definitions(experiment: Experiment, tasks: list[Task], out: Path) -> N
             changes = list(_differences("", before, definition(experiment, task)))
             if changes:
                 raise UsageError(f"{file}: was made with other settings ({'; '.join(changes[:3])}): choose another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / EXPERIMENT, json.dumps(experiment.model_dump(mode="json"), indent=1) + "\n")
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
@@ -96,8 +102,6 @@ def work(
     Args:
       done: called with every task that this process finished.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / EXPERIMENT, json.dumps(experiment.model_dump(mode="json"), indent=1) + "\n")
     stages = Stages(experiment, out.parent / STAGES, say)
     uses = Counter(fingerprint(stages.settings(task.arm.settings, task.seed)) for task in tasks)
     _sft_first(stages, [task for task in tasks if not task.file(out).exists()])
@@ -159,7 +163,7 @@ def run_experiment(path: str | Path, out: Path, overrides: Sequence[str] = (), s
     """
     experiment, arms = load_experiment(path, overrides)
     tasks = tasks_of(experiment, arms)
-    check_definitions(experiment, tasks, out)
+    prepare(experiment, tasks, out)
     work(experiment, tasks, out, say)
     check_complete(tasks, out)
     return results_of(experiment, arms, out)

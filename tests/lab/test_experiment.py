@@ -178,7 +178,7 @@ def test_python_runs_a_file_as_the_command_does(tmp_path, fake):
 
 def run(experiment, arms, out, limit=None):
     tasks = grid.tasks_of(experiment, arms, limit)
-    grid.check_definitions(experiment, tasks, out)
+    grid.prepare(experiment, tasks, out)
     grid.work(experiment, tasks, out)
     grid.check_complete(tasks, out)
 
