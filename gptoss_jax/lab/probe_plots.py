@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.lab.plots import Picture, plain, save, style
@@ -136,6 +137,7 @@ def sqnr(found: Found, file: Path) -> Path:
         image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
         axis.set_yticks(range(len(places)), [f"{layer} {projection.removesuffix('_proj')}" for layer, projection in places], fontsize=7)
         axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("expert", fontsize=8)
         axis.set_title(label, fontsize=9, loc="left")
         figure.colorbar(image, ax=axis, label="SQNR, dB")
