@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from gptoss_jax.cli.lab_run import run
+from gptoss_jax.lab import load_experiment, run_experiment, write_report
 from gptoss_jax.quant import register_estimator
 
 
@@ -28,5 +28,7 @@ class Taper:
 
 
 if __name__ == "__main__":
-    # the experiment beside this file: four arms, two seeds, a table with differences to `ste`; as `gptoss-jax lab run`, in this process
-    run(Path(__file__).with_suffix(".yaml"), out=Path(sys.argv[1] if len(sys.argv) > 1 else "runs/lab/new-estimator"))
+    # the experiment beside this file: three arms, two seeds, a table with differences to `ste`; what `gptoss-jax lab run` does, in this process
+    file, out = Path(__file__).with_suffix(".yaml"), Path(sys.argv[1] if len(sys.argv) > 1 else "runs/lab/new-estimator")
+    run_experiment(file, out)
+    print(*write_report(*load_experiment(file), out), sep="\n")
