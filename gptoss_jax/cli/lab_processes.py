@@ -26,7 +26,8 @@ def run_all(path: Path, overrides: tuple[str, ...], experiment, arms, out: Path,
     if processes < 1:
         raise UsageError(f"--processes must be at least 1, not {processes}")
     tasks = grid.tasks_of(experiment, arms, limit)
-    grid.check_definitions(experiment, tasks, out)
+    if not is_worker():
+        grid.prepare(experiment, tasks, out)
     missing = [task for task in tasks if not task.file(out).exists()]
     with _progress(quiet=is_worker()) as bar:
         row = bar.add_task(experiment.name, total=len(tasks), completed=len(tasks) - len(missing), doing="")

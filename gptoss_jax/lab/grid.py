@@ -13,14 +13,14 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoss_jax.errors import CorruptError, RunError, UsageError
-from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint
-from gptoss_jax.lab.held_out import deployed, rounding_of
+from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint, load_experiment
+from gptoss_jax.lab.held_out import deployed, deployed_format, rounding_of
 from gptoss_jax.lab.parts import export_of, quantizer_of
 from gptoss_jax.lab.stages import Say, Stages, locked
 from gptoss_jax.training.recipe.results import write_atomic
@@ -67,8 +67,12 @@ def read_result(file: Path) -> dict[str, Any]:
     return result
 
 
-def check_definitions(experiment: Experiment, tasks: list[Task], out: Path) -> None:
-    """Raises UsageError where a result there was made under other settings, naming them."""
+def prepare(experiment: Experiment, tasks: list[Task], out: Path) -> None:
+    """Makes `out` the directory of this experiment. Once, before processes are started.
+
+    Raises:
+      UsageError: a result there was made under other settings; it names them.
+    """
     for task in tasks:
         file = task.file(out)
         if file.exists():
@@ -78,6 +82,8 @@ def check_definitions(experiment: Experiment, tasks: list[Task], out: Path) -> N
             changes = list(_differences("", before, definition(experiment, task)))
             if changes:
                 raise UsageError(f"{file}: was made with other settings ({'; '.join(changes[:3])}): choose another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / EXPERIMENT, json.dumps(experiment.model_dump(mode="json"), indent=1) + "\n")
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
@@ -96,8 +102,6 @@ def work(
     Args:
       done: called with every task that this process finished.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / EXPERIMENT, json.dumps(experiment.model_dump(mode="json"), indent=1) + "\n")
     stages = Stages(experiment, out.parent / STAGES, say)
     uses = Counter(fingerprint(stages.settings(task.arm.settings, task.seed)) for task in tasks)
     _sft_first(stages, [task for task in tasks if not task.file(out).exists()])
@@ -133,9 +137,10 @@ def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
     start, arm, seed = time.monotonic(), task.arm.settings, task.seed
     sft = stages.sft(arm, seed)
     final = stages.final(arm, seed, keep=keep)
-    made = deployed(stages.model.config, final.params, final.extra, quantizer_of(arm), export_of(arm))
+    quantizer, export = quantizer_of(arm), export_of(arm)
+    made = deployed(stages.model.config, final.params, final.extra, quantizer, export)
     measured = stages.held_out.measure(made)
-    measured["rounding"] = rounding_of(final.params, made, stages.model.params)
+    measured["rounding"] = rounding_of(final.params, made, stages.model.params, deployed_format(quantizer, export))
     return {
         "arm": task.arm.name,
         "levels": dict(task.arm.levels),
@@ -148,6 +153,20 @@ def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
         "seconds": {"arm": round(time.monotonic() - start, 2), "training": round(final.record["seconds"], 2)},
         "versions": {"jax": jax.__version__, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()},
     }
+
+
+def run_experiment(path: str | Path, out: Path, overrides: Sequence[str] = (), say: Say = print) -> list[dict[str, Any]]:
+    """Runs an experiment in this process and returns all its results; what is there is not run again.
+
+    Raises:
+      UsageError: no valid experiment, or results of other settings in `out`. RunError: another process is still at some of it.
+    """
+    experiment, arms = load_experiment(path, overrides)
+    tasks = tasks_of(experiment, arms)
+    prepare(experiment, tasks, out)
+    work(experiment, tasks, out, say)
+    check_complete(tasks, out)
+    return results_of(experiment, arms, out)
 
 
 def results_of(experiment: Experiment, arms: list[NamedArm], out: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ A row passes if greedy decoding would give its reference word for word, which on
 """
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from gptoss_jax.evaluation import LocalSubject, score
 from gptoss_jax.evaluation.predict import make_predict
 from gptoss_jax.evaluation.tasks import task_rows
 from gptoss_jax.formats import Format
-from gptoss_jax.lab.quantizer import Quantizer, expert_names
+from gptoss_jax.lab.quantizer import FakeQuant, Quantizer, expert_names, to_nearest
 from gptoss_jax.model import GptOssConfig
 
 FRESH_SEED = 20251125
@@ -48,6 +48,13 @@ def evaluation_rows(name: str, counts: Mapping[str, int]) -> list[dict[str, Any]
 
 def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(message["content"] for message in row["messages"][:-1])
+
+
+def deployed_format(quantizer: Quantizer, export: str | Format) -> Format | None:
+    """The format that chooses the scales of the deployed experts; None where none does, or they are learned."""
+    if export == "same":
+        return quantizer.format if isinstance(quantizer, FakeQuant) else None
+    return None if export == "bf16" else export
 
 
 def deployed(
@@ -112,21 +119,29 @@ class HeldOut:
         }
 
 
-def rounding_of(masters: Mapping[str, Array], made: Mapping[str, Array], base: Mapping[str, Array]) -> dict[str, float]:
+def rounding_of(
+    masters: Mapping[str, Array], made: Mapping[str, Array], base: Mapping[str, Array], fmt: Format | None = None
+) -> dict[str, float]:
     """What deployment does to the experts beside what training did to them, over all expert weights (`training/diagnose/weights.py`): with
     delta = w - base and error = deployed - w
 
     error_ratio |error| / |delta|     pull_back  cosine of error and -delta     kept  <deployed - base, delta> / |delta|^2
-    changed     share of experts' weights with deployed != base
+    changed     share of weights with deployed != base
+    scales_changed   share of blocks whose scale is not the base's, where a format chooses scales; under rceil a base on its grid has a scale doubled
+                     as soon as a block's largest weight grows at all
     """
     names = expert_names(masters)
     sums = np.sum([np.asarray(_sums(masters[n], made[n], base[n]), np.float64) for n in names], axis=0)
     changed, delta2, error2, product = map(float, sums)
     size = sum(masters[n].size for n in names)
+    found = {"changed": changed / size}
+    if fmt is not None:
+        flips = [np.asarray(_scale_flips(masters[n], base[n], to_nearest(fmt)), np.float64) for n in names]
+        found["scales_changed"] = float(np.sum(flips) / (size / fmt.block_size))
     if not delta2:
-        return {"changed": changed / size}
+        return found
     return {
-        "changed": changed / size,
+        **found,
         "error_ratio": (error2 / delta2) ** 0.5,
         "pull_back": product / (delta2 * error2) ** 0.5 if error2 else 0.0,
         "kept": 1 - product / delta2,
@@ -137,3 +152,9 @@ def rounding_of(masters: Mapping[str, Array], made: Mapping[str, Array], base: M
 def _sums(w, made, base):
     delta, error = w - base, made - w
     return jnp.stack([jnp.sum(made != base, dtype=jnp.float32), jnp.sum(delta * delta), jnp.sum(error * error), -jnp.sum(error * delta)])
+
+
+@partial(jax.jit, static_argnums=2)
+def _scale_flips(w, base, fmt: Format):
+    scales = (fmt.parts(fmt.encode(x)).scale for x in (w, base))
+    return jnp.sum(next(scales) != next(scales), dtype=jnp.float32)

@@ -19,7 +19,7 @@ from gptoss_jax.lab.report import Line, Result, log_loss, loss, rate, tasks_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
-MOST_CURVES = 12
+MOST_CURVES = 12  # in one plot
 Picture = tuple[str, Path]
 
 
@@ -108,33 +108,46 @@ def ratios(lines: Sequence[Line], file: Path) -> Path:
 
 
 def curves(lines: Sequence[Line], file: Path) -> Path:
-    """Held-out loss of what would be deployed after each step, mean over seeds, SFT before the further training."""
-    rows, shown = [], [line for line in lines if any(result["curve"] for result in line.results.values())][:MOST_CURVES]
+    """Held-out loss of what would be deployed after each step, mean over seeds; the SFT before it, unrounded, in grey."""
+    rows, shown = [], [line for line in lines if any(result["curve"] for result in line.results.values())]
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axis = figure.subplots()
-    for number, line in enumerate(shown):
-        points: dict[int, list[float]] = {}
-        for result in line.results.values():
-            first = len(result["sft"]["history"].get("loss", ()))
-            for step, value in result["curve"]:
-                points.setdefault(first + step, []).append(value)
-        steps, means = list(points), [sum(values) / len(values) for values in points.values()]
-        axis.plot(steps, means, label=line.arm.name, markersize=4, linewidth=1.4, **style(number))
-        rows += [(line.arm.name, step, value, len(points[step])) for step, value in zip(steps, means)]
+    sft = {tuple(points): None for line in shown if (points := _mean_curve([r["sft"]["curve"] for r in line.results.values()], 0))}
+    for number, points in enumerate(sft):
+        axis.plot(*zip(*points), color="0.6", linewidth=3, label="_" * (number > 0) + "SFT, unrounded")
+        rows += [("SFT, unrounded", *point) for point in points]
+    for number, line in enumerate(shown[:MOST_CURVES]):
+        results = list(line.results.values())
+        points = _mean_curve([result["curve"] for result in results], len(results[0]["sft"]["history"].get("loss", ())))
+        axis.plot(*zip(*points), label=line.arm.name, markersize=4, linewidth=1.4, **style(number))
+        rows += [(line.arm.name, *point) for point in points]
     _log_if_wide(axis, [row[2] for row in rows], "y")
     axis.set_xlabel("optimizer steps from the base", fontsize=8)
     axis.set_ylabel("held-out loss, nats per token", fontsize=8)
     plain(axis)
-    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, file, ("arm", "step", "mean loss", "seeds"), rows)
+    _legend(axis, len(shown))
+    return save(figure, file, ("arm", "step", "mean loss"), rows)
+
+
+def _mean_curve(seeds: Sequence[Sequence[Sequence[float]]], first: int) -> list[tuple[int, float]]:
+    """(step, mean over seeds), counted from `first`."""
+    points: dict[int, list[float]] = {}
+    for step, value in (point for curve in seeds for point in curve):
+        points.setdefault(first + step, []).append(value)
+    return [(step, sum(values) / len(values)) for step, values in points.items()]
+
+
+def _legend(axis: Any, count: int) -> None:
+    title = f"the first {MOST_CURVES} of {count} arms" if count > MOST_CURVES else None
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title=title, title_fontsize=7)
 
 
 def flips(lines: Sequence[Line], file: Path) -> Path:
     """Flip rate by step, mean over seeds, and above it the learning rate."""
-    rows, shown = [], [line for line in lines if "flip_rate" in next(iter(line.results.values()))["history"]][:MOST_CURVES]
+    rows, shown = [], [line for line in lines if "flip_rate" in next(iter(line.results.values()))["history"]]
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     rates, axis = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
-    for number, line in enumerate(shown):
+    for number, line in enumerate(shown[:MOST_CURVES]):
         histories = [result["history"] for result in line.results.values()]
         flip = _mean_of(histories, "flip_rate")
         look = {**style(number), "marker": ""}
@@ -147,7 +160,7 @@ def flips(lines: Sequence[Line], file: Path) -> Path:
     _log_if_wide(axis, [100 * row[2] for row in rows if row[2] > 0], "y")
     plain(axis)
     plain(rates)
-    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axis, len(shown))
     return save(figure, file, ("arm", "step", "flip rate", "learning rate"), rows)
 
 

@@ -116,6 +116,7 @@ def make_table(experiment: Experiment, lines: Sequence[Line]) -> Table:
         ("kept, %", rounding("kept"), 0, 100),
         ("pull-back", rounding("pull_back"), 2, 1),
         ("values changed, %", rounding("changed"), 1, 100),
+        ("scales changed, %", rounding("scales_changed"), 1, 100),
         ("late flips, % per step", late("flip_rate"), 2, 100),
     ):
         if any(line.of(measure) is not None for line in lines):
@@ -124,8 +125,8 @@ def make_table(experiment: Experiment, lines: Sequence[Line]) -> Table:
     legend = (
         f"{seeds} seed{'s' * (seeds > 1)}; ±: half of the 95 % interval of the mean (Student's t over seeds). Loss: nats per trained token of the "
         f"held-out conversations, set `{experiment.evaluation.set}`. kept: share of the training of the experts that deployment leaves in place; "
-        "pull-back: cosine between what rounding does and minus what training did; values changed: weights of the experts whose deployed value "
-        "differs from the base's."
+        "pull-back: cosine between what rounding does and minus what training did; values and scales changed: weights of the experts, and blocks, "
+        "whose deployed value or scale differs from the base's."
     )
     if experiment.reference is not None:
         name = experiment.reference if isinstance(experiment.reference, str) else ", ".join(experiment.reference.values())

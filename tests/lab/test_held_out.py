@@ -60,6 +60,15 @@ def test_what_rounding_undoes():
     assert rounding_of({name: base}, {name: base}, {name: base}) == {"changed": 0.0}
 
 
+def test_scales_that_a_rule_changes():
+    """Blocks with largest weight 6: any growth doubles rceil's scale, and leaves even's."""
+    name = "blocks.0.mlp.experts.down_proj"
+    base = jnp.zeros((4, 32)).at[:, 0].set(6.0)
+    moved = base.at[0, 0].set(6.01).at[1, 0].set(5.99)
+    found = {rule: rounding_of({name: moved}, {name: moved}, {name: base}, Mxfp4(scale_rule=rule))["scales_changed"] for rule in ("rceil", "even")}
+    assert found == {"rceil": 0.25, "even": 0.0}
+
+
 def test_moved_base_rounds_to_itself_and_fills_its_cells():
     names = expert_names(make_params())
     fmt = Mxfp4()
