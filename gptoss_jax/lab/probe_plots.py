@@ -69,7 +69,10 @@ def descent(found: Found, file: Path) -> Path:
             points += [(direction, name, step, ratio) for step, ratio in line]
         axis.axhline(1, color="0.2", linewidth=0.8)
         axis.axhline(0, color="0.6", linewidth=0.8)
+        steps = sorted({row["step"] for _, row in whole})
         axis.set_xscale("log")
+        axis.set_xticks(steps, [f"{step:g}" for step in steps])
+        axis.minorticks_off()
         axis.set_title(titles[direction], fontsize=9, loc="left")
         axis.set_xlabel("step over the root mean square of the weights", fontsize=8)
         plain(axis)
