@@ -137,10 +137,14 @@ def combined(a: Experts, b: Experts, factor: Array | float) -> Experts:
     return {name: add(a[name], b[name]) for name in a}
 
 
+def same(a: Experts, b: Experts) -> bool:
+    """Whether two sets of weights are of one kind and equal."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and bool(_equal(a, b))
+
+
 @jax.jit
-def same(a: Experts, b: Experts) -> Array:
-    """Whether two sets of weights are equal."""
-    return jnp.all(jnp.stack([jnp.array_equal(a[name], b[name]) for name in a]))
+def _equal(a: Experts, b: Experts) -> Array:
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.array_equal, a, b))))
 
 
 def places(config: GptOssConfig, experts: Mapping[str, Any]) -> Iterator[tuple[str, int | None, int, str]]:

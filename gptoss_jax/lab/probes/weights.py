@@ -16,7 +16,8 @@ With x a weight, X the scale of its block, y = x/X, a = |y|, and l <= a < u the 
 
 x is compared with products of X and grid values that are exact in float32 for power-of-two scales and for NVFP4's default global scale. Rows of
 layers and of the whole model add up those of the experts looked at. Weights are read, rounded and counted one expert at a time; of a training
-checkpoint one parameter, a projection of several layers, is in memory.
+checkpoint one parameter, a projection of several layers, is in memory. On a CPU that takes 29 ns of processor time per weight (measured on
+[1440, 2880] in MXFP4), most of it for the histograms: nine minutes for the 19.1e9 expert weights of gpt-oss-20b, one with `max_experts=4` of 32.
 
     E experts  C blocks of a row  Q block size  M magnitudes
 """
