@@ -9,7 +9,7 @@ The checkpoints are invented (random codes, scales and BF16 values in the shapes
     export        the 20b shape with 2 of its 24 layers on one device, BF16 parameters -> MXFP4, with the verification that belongs to it
 
 Each runs in a process of its own. Host memory is the peak of its resident memory (Linux, VmHWM) less what it held before and what it keeps. On a CPU
-the device's memory is the host's, so its temporaries are in there. Plain reads and copies are timed before and after, in the same state of the cache.
+the device's memory is the host's, so its temporaries are in there. Plain reads and copies follow, in the same state of the cache.
 """
 
 import argparse
@@ -213,7 +213,7 @@ def main() -> None:
     from scripts.bench.common import RESULTS, machine, write_results
 
     command = " ".join(["python scripts/bench/checkpoint_io.py", *sys.argv[1:]]).replace(str(args.work), "DIR")
-    results = {"machine": machine(), "command": command}
+    results = {"machine": machine(), "command": command, "load_average": os.getloadavg()[0]}
     earlier = RESULTS / "checkpoint_io.json"
     if earlier.exists() and set(args.parts) != {"20b", "120b", "export"}:
         results = {**json.loads(earlier.read_text()), **results}
