@@ -40,10 +40,7 @@ _SERVERS = {
     "bf16": {"TensorRT-LLM": _TRTLLM, "vLLM": _VLLM, "SGLang": _SGLANG, "llama.cpp": _LLAMA,
              "transformers": (_TRANSFORMERS, "Also for further training there; a checkpoint that it saves can be imported again.")},
 }  # fmt: skip
-_OPENAI = {
-    "OpenAI's reference": ("python -m gpt_oss.generate DIR", "The PyTorch and Triton backends read this layout; at most 36 layers."),
-    "TensorRT-LLM": _SERVERS["mxfp4"]["TensorRT-LLM"],
-}
+_REFERENCE = ("python -m gpt_oss.generate DIR", "The PyTorch and Triton backends read this layout; at most 36 layers.")
 _NVFP4 = (
     "No inference engine is known to load NVFP4 gpt-oss today: TensorRT-LLM 1.1 and SGLang 0.5.23 have no names for these scales, vLLM 0.33 drops "
     "them in silence (vllm-project/vllm issue 46641), llama.cpp has none for experts, transformers 5.24 leaves the global scales out. "
@@ -89,7 +86,9 @@ def _said(fmt: Mapping[str, Any]) -> str:
 def _serving(layout: Layout) -> list[str]:
     if layout.experts == "nvfp4":
         return [_NVFP4 + _NVFP4_READERS[layout.dialect]]
-    programs = _OPENAI if layout.naming == "openai" else _SERVERS[layout.experts]
+    programs = _SERVERS[layout.experts]
+    if layout.naming == "openai":
+        programs = {"OpenAI's reference": _REFERENCE, "TensorRT-LLM": programs["TensorRT-LLM"]}
     lines = []
     for program, (command, limits) in programs.items():
         lines += [f"**{program}**", "", f"    {command}", "", limits, ""]

@@ -117,7 +117,7 @@ def shared_amax(fmt: Format, groups: Iterable[Any]) -> np.float32 | None:
     """The maximum from which all experts of a projection take one global scale; None where each has its own. `groups`: all experts, cut."""
     if not fmt.needs_all_experts:
         return None
-    return max(np.asarray(nvfp4.tensor_amax(group)).max() for group in groups)
+    return max(to_host(nvfp4.tensor_amax(group)).max() for group in groups)
 
 
 def encode_experts(values: Any, fmt: Format, key: Any = None, amax: Any = None) -> Any:

@@ -3,7 +3,8 @@
 Both formats have the same elements, so the packed codes stay byte for byte; only scales are said anew. A block of 32 with scale 2**k becomes two
 blocks of 16 with scale 2**(k - top + 8), relative to the global scale 2**(top - 8), where `top` is the largest k of the matrix (of the stack of
 matrices without `per_expert`). E4M3 holds the powers from 2**-9 to 2**8, so k may lie up to 17 below `top`; blocks of zeros do not count. A block
-that lies lower, or holds NaN, gets scale 0x7F (E4M3 NaN), by which an export refuses it with the tensor's name.
+that lies lower, or below 2**-124 (the global scale is at least 2**-115), or holds NaN, gets scale 0x7F (E4M3 NaN), by which an export refuses it
+with the tensor's name.
 
 The ordinary NVFP4 encoder is no such cast: a block whose largest value is 4 gets the scale E4M3(4/6), which no power of two equals.
 """

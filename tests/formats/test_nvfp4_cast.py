@@ -24,7 +24,7 @@ def codes(low, high, seed=0):
 
 
 @pytest.mark.parametrize("per_expert", [True, False])
-@pytest.mark.parametrize("top", [1 + SPAN, 120, 251])
+@pytest.mark.parametrize("top", [3 + SPAN, 120, 251])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_value_is_equal_over_the_whole_span(top, per_expert, dtype):
     q = codes(top - SPAN, top)
@@ -73,7 +73,7 @@ def test_parts_of_a_stack_with_its_maximum_are_encoded_as_in_the_whole(rule):
     fmt = Nvfp4(mxfp4_rule=rule, per_expert=False)
     whole, given = fmt.encode(x), dataclasses.replace(fmt, tensor_amax="given")
     for expert in range(E):
-        part = given.encode(x[expert : expert + 1], amax=np.abs(x).max())
+        part = given.encode(x[expert : expert + 1], amax=float(np.abs(x).max()))
         assert all(np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b[expert : expert + 1]).view(np.uint8)) for a, b in zip(part, whole))
 
 
