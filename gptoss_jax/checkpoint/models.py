@@ -78,7 +78,7 @@ def load_model(
       UsageError, CorruptError: nothing readable at `path`, or damaged.
     """
     if is_peft(path):
-        if shardings is not None and not callable(shardings) or packed:
+        if (shardings is not None and not callable(shardings)) or packed:
             raise UsageError(f"{path}: holds adapters, which run on one device and over a decoded base")
         base = load_model(base_of_peft(path), dtype, tick=tick)
         spec, adapters = read_peft(path, base.config)
