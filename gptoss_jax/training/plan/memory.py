@@ -136,6 +136,10 @@ def memory(layout: Layout) -> Memory:
         stored_elements = device_bytes({name: state.params[name] for name in experts}) // layout.master_bytes
     codes = int(stored_elements * layout.stored_code_bytes)
 
+    unembedding = Part("unembedding: compute weights, float32 gradient", head * (c + 4), ESTIMATED, ("loss",))
+    if train.lora:  # frozen: no gradient, and no copy where it is held in the compute dtype
+        held = state.params["lm_head.weight"].dtype.itemsize
+        unembedding = Part("unembedding: compute weights", head * c if held != c else 0, ESTIMATED, ("loss",))
     adapters = {name: leaf for name, leaf in state.params.items() if is_adapter(name)}
     parts = []
     if train.lora:
@@ -163,8 +167,7 @@ def memory(layout: Layout) -> Memory:
         Part("values of a layer, forward alone", forward, ESTIMATED, ("checkpoint",)),
         Part("codes of all experts", codes, ESTIMATED, ("checkpoint",)),
         Part("a block of logits and its gradients", block * (8 + c) * (2 if layout.teacher else 1), ESTIMATED, ("loss",)),
-        Part("unembedding: compute weights, float32 gradient", 0 if train.lora else head * (c + 4), ESTIMATED, ("loss",)),
-        Part("unembedding: compute weights", head * c if train.lora and train.lora.base == "float32" != train.compute_dtype else 0, ESTIMATED, ("loss",)),
+        unembedding,
         Part("optimizer: copy of a residual" if residual else "optimizer", largest if residual else 0, ESTIMATED, ("optimizer",)),
     ]
     if train.quant is None:  # nothing is hashed
