@@ -272,7 +272,7 @@ def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) ->
         if cut is not None:
             arrays = {role: rows_to_host(part, row, row + count) for role, part in cut.items()}
         elif isinstance(leaf, LoraWeight):
-            arrays = {role: np.asarray(part) for role, part in _stored(piece, _merged(leaf.rows(piece.slot, row, count)), fmt, bake, row).items()}
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, _merged_rows(piece, leaf, row, count), fmt, bake, row).items()}
         elif isinstance(leaf, jax.Array):
             arrays = {role: np.asarray(part) for role, part in _stored(piece, take_rows(leaf, piece.slot, row, count), fmt, bake, row).items()}
         else:
@@ -293,6 +293,16 @@ def _checked_plain(piece: Piece, values: np.ndarray, where: str) -> np.ndarray:
 
 
 _merged = jax.jit(merged_weight)
+
+
+def _merged_rows(piece: Piece, leaf: LoraWeight, row: int, count: int) -> jax.Array:
+    """Experts, or rows of a matrix, `row` to `row + count` of a layer, merged."""
+    take = partial(take_rows, slot=piece.slot, start=row, count=count)
+    base, b = jax.tree.map(lambda x: take(x), (leaf.base, leaf.b))
+    if leaf.a is None:
+        return _merged(LoraWeight(base, None, None))
+    a = take(leaf.a) if piece.row.matrix else take_rows(leaf.a, piece.slot, 0, leaf.a.shape[-2])
+    return _merged(LoraWeight(base, a, b, leaf.scale))
 
 
 @functools.partial(jax.jit, static_argnums=1)

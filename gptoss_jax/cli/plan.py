@@ -54,6 +54,8 @@ def plan(
         network_rate=scaled(network_gb_s, 1e9),
     )  # fmt: skip
     count = devices or train.mesh.size
+    if train.lora and count > 1:
+        raise UsageError(f"lora runs on one device, not {count}")
     if nodes is not None:
         if nodes < 1 or count % nodes:
             raise UsageError(f"{count} devices cannot be dealt to {nodes} nodes evenly")
