@@ -309,7 +309,7 @@ def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None, la
 def _rows(piece: Piece, leaf: Any, row: int, count: int) -> Any:
     """Rows of a piece of a leaf that lies in one place; adapters are merged."""
     if isinstance(leaf, LoraWeight):
-        return _merged(leaf.rows(piece.slot, row, count))
+        return _merged_rows(piece, leaf, row, count)
     if isinstance(leaf, jax.Array):
         return take_rows(leaf, piece.slot, row, count)
     return (leaf if piece.slot is None else leaf[piece.slot])[row : row + count]
@@ -323,6 +323,16 @@ def _checked_plain(values: np.ndarray, where: str, is_transposed: bool) -> np.nd
 
 
 _merged = jax.jit(merged_weight)
+
+
+def _merged_rows(piece: Piece, leaf: LoraWeight, row: int, count: int) -> jax.Array:
+    """Experts, or rows of a matrix, `row` to `row + count` of a layer, merged."""
+    take = partial(take_rows, slot=piece.slot, start=row, count=count)
+    base, b = jax.tree.map(lambda x: take(x), (leaf.base, leaf.b))
+    if leaf.a is None:
+        return _merged(LoraWeight(base, None, None))
+    a = take(leaf.a) if piece.row.matrix else take_rows(leaf.a, piece.slot, 0, leaf.a.shape[-2])
+    return _merged(LoraWeight(base, a, b, leaf.scale))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -54,8 +54,9 @@ def params_hash(params: Mapping[str, Any]) -> str:
     for name in sorted(params):
         for part in jax.tree.leaves(params[name]):
             state.update(f"{name} {part.dtype}{list(part.shape)}".encode())
-            for index in range(part.shape[0]):
-                state.update(bytes_of(to_host(part[index])))
+            layers = (take_rows(part, slot, 0, part.shape[1]) for slot in range(part.shape[0])) if part.ndim > 2 else (part,)
+            for layer in layers:
+                state.update(bytes_of(to_host(layer)))
     return state.hexdigest()
 
 
@@ -86,7 +87,7 @@ def rows_to_host(array: Any, start: int, stop: int) -> np.ndarray:
     return out
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnames="count")
 def take_rows(array: jax.Array, slot: int | None, start: int, count: int) -> jax.Array:
     """`array[start : start + count]`, or with a `slot` `array[slot, start : start + count]`; one program for all slots and starts."""
     if slot is None:

@@ -17,7 +17,7 @@ from gptoss_jax.quant.policy import QuantPolicy
 from gptoss_jax.quant.two_way import TwoWay
 
 # expert_quant(projection, stored weight [E, out, in], gather) -> (compute weight, codes it was decoded from; None where not quantized).
-# With `gather`, inside a `jax.shard_map`, the stored weight and the codes are a shard and the compute weight is whole. `LoraWeight` gives `Adapted`.
+# With `gather`, inside a `jax.shard_map`, stored weight and codes are a shard and the compute weight is whole. A `LoraWeight` gives `Adapted`.
 ExpertQuant = Callable[[str, Float[Array, "E out in"] | LoraWeight, Gather | None], tuple[Float[Array, "G out in"] | TwoWay | Adapted, Any | None]]
 
 

@@ -66,12 +66,6 @@ class LoraWeight:
         """Elements of the merged weight."""
         return math.prod(self.shape)
 
-    def rows(self, slot: int | None, start: int, count: int) -> "LoraWeight":
-        """Experts, or rows of a matrix, `start` to `start + count`; with a slot those of that stacked layer."""
-        layer = self if slot is None else jax.tree.map(lambda x: x[slot], self)
-        cut = lambda tree: jax.tree.map(lambda x: x[start : start + count], tree)
-        return LoraWeight(cut(layer.base), cut(layer.a) if layer.ndim == 3 else layer.a, cut(layer.b), layer.scale)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from gptoss_jax.ops.experts import expert_mlp
 from gptoss_jax.quant import LoraWeight, default_policy, fake_quant, make_expert_quant, merged_weight
 from gptoss_jax.quant.lora import quantized
 
-S, A, D, E, F, R = 40, 2, 64, 3, 32, 4
+S, A, D, E, F, R = 14, 2, 64, 2, 32, 3
 LIMIT, SCALE = 7.0, 0.7
 
 
@@ -41,7 +41,7 @@ def dense(base, a, b, fmt):
     return fake_quant(w, fmt)
 
 
-@pytest.mark.parametrize("fmt", [None, "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("fmt", [None, "mxfp4"])
 def test_value_and_gradients_equal_those_of_dense_weights_under_autodiff(fmt):
     x, experts, p, base, biases, factors = arrays()
     expert_quant = make_expert_quant(fmt and default_policy(fmt), jnp.float32)
