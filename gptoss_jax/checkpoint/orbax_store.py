@@ -286,6 +286,11 @@ def restore_param(directory: str | Path, step: int, name: str) -> jax.Array:
     return ocp.load_checkpointables(step_dir(directory, step).absolute() / ARRAYS, target)["params"][name]
 
 
+def stored_params(directory: str | Path, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters of a step, without reading them."""
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _stored(directory, step)["params"].items()}
+
+
 def _stored(directory: str | Path, step: int) -> dict[str, Any]:
     """Trees of shapes and dtypes that a step holds."""
     return ocp.checkpointables_metadata(step_dir(directory, step).absolute() / ARRAYS).metadata
