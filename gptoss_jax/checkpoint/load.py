@@ -23,7 +23,7 @@ from jax.sharding import Sharding
 
 from gptoss_jax.checkpoint.ahead import Tick, in_order
 from gptoss_jax.checkpoint.hf_layout import Piece, pieces_of
-from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint, open_checkpoint
+from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint, decode_codes, open_checkpoint
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import mxfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
@@ -155,9 +155,9 @@ def _read_ahead(source: SourceCheckpoint, parts: list[_Part], done) -> Iterator[
     reads = (functools.partial(source.read, part.piece, part.ranges) for part in parts)
     size = 0
     for part, values in zip(parts, in_order(reads, threads=READ_THREADS, ahead=READ_AHEAD), strict=True):
-        yield part, values
         size += part.size
         done(size)
+        yield part, values
 
 
 def _fill_host(shard: _Shard, found: Iterable[tuple[_Part, np.ndarray | EncodedSlice]], dtype: np.dtype) -> jax.Array:
@@ -173,11 +173,11 @@ def _fill_device(shard: _Shard, found: Iterable[tuple[_Part, np.ndarray | Encode
     device = shard.devices[0]
     buffer = jnp.zeros(shard.shape, dtype, device=device)
     for part, values in found:
+        offsets = np.asarray(part.offsets, np.int32)
         if isinstance(values, EncodedSlice):
-            values = values.decode(dtype, device)
+            buffer = _write_decoded(buffer, jax.device_put(values.codes, device), offsets, values.trim.start, values.trim.stop)
         else:
-            values = jax.device_put(np.ascontiguousarray(values, dtype), device)
-        buffer = _write(buffer, values, np.asarray(part.offsets, np.int32))
+            buffer = _write(buffer, jax.device_put(np.ascontiguousarray(values, dtype), device), offsets)
         buffer.block_until_ready()  # transfers are asynchronous: without this, pieces pile up in host memory
     return buffer
 
@@ -201,6 +201,12 @@ def _load_codes(source: SourceCheckpoint, device: jax.Device) -> dict[str, mxfp4
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(buffer: jax.Array, values: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Values may lack the first dim of the buffer."""
+    """Puts values into a buffer, whose first dim they may lack."""
     values = values.reshape((1,) * (buffer.ndim - values.ndim) + values.shape)
     return lax.dynamic_update_slice(buffer, values, [offsets[i] for i in range(buffer.ndim)])
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write_decoded(buffer: jax.Array, codes, offsets: jax.Array, start: int, stop: int) -> jax.Array:
+    """`_write` of elements `start` to `stop` of what codes mean: one pass over memory, where decoding first makes two."""
+    return _write(buffer, decode_codes(codes, buffer.dtype, start, stop), offsets)

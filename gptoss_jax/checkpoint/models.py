@@ -1,6 +1,6 @@
 """Any model that a command is given: an HF directory, OpenAI's original layout, a hub id, or a training checkpoint of ours."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from gptoss_jax.checkpoint import orbax_store
+from gptoss_jax.checkpoint.ahead import Tick
 from gptoss_jax.checkpoint.hf_config import COMPANIONS
 from gptoss_jax.checkpoint.load import load_params
 from gptoss_jax.checkpoint.source import open_checkpoint
 from gptoss_jax.errors import UsageError
 from gptoss_jax.model import GptOssConfig
-from gptoss_jax.quant import QuantPolicy, make_expert_quant
+from gptoss_jax.quant import QuantPolicy, estimator_to_dict, make_expert_quant
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Model:
         return make_expert_quant(self.policy, dtype)
 
 
+Shardings = Mapping[str, jax.sharding.Sharding]
+
+
 def look_at(path: str | Path) -> tuple[GptOssConfig, Path]:
     """Architecture and tokenizer directory of a model, without its weights."""
     found = orbax_store.locate(path)
@@ -49,10 +53,16 @@ def look_at(path: str | Path) -> tuple[GptOssConfig, Path]:
     return GptOssConfig.from_dict(orbax_store.read_meta(*found).model), orbax_store.step_dir(*found) / orbax_store.ASSETS
 
 
-def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None, *, packed: bool = False) -> Model:
+def load_model(
+    path: str | Path, dtype, shardings: Shardings | Callable[[GptOssConfig], Shardings | None] | None = None, *, packed: bool = False,
+    tick: Tick | None = None,
+) -> Model:
     """Loads any model. `dtype` is that of decoded weights; the masters of a training checkpoint keep their own.
 
-    `packed` leaves the expert matrices of an MXFP4 checkpoint as codes, which `model.inference` runs on and nothing else.
+    Args:
+      shardings: by parameter name, or what gives them for a config; None puts everything on the first device.
+      packed: the expert matrices of an MXFP4 checkpoint stay codes, which `model.inference` runs on and nothing else.
+      tick: as of `load_params`; not called for training checkpoints.
 
     Raises:
       UsageError, CorruptError: nothing readable at `path`, or damaged.
@@ -60,17 +70,21 @@ def load_model(path: str | Path, dtype, shardings: Mapping[str, jax.sharding.Sha
     found = orbax_store.locate(path)
     if found is None:
         source = open_checkpoint(path)
-        config, params = load_params(source, dtype, shardings, packed=packed)
+        place = shardings(source.config) if callable(shardings) else shardings
+        config, params = load_params(source, dtype, place, packed=packed, tick=tick)
         return Model(config, params, source.path, None, None, {"path": source.path.name, "revision": source.revision})
     if packed:
         raise UsageError(f"{path}: is a training checkpoint; only MXFP4 directories can stay packed (gptoss-jax export makes one)")
     directory, step = found
     meta = orbax_store.read_meta(directory, step)
-    params = orbax_store.restore_params(directory, step, shardings)
+    config = GptOssConfig.from_dict(meta.model)
+    params = orbax_store.restore_params(directory, step, shardings(config) if callable(shardings) else shardings)
     policy = QuantPolicy.from_dict(meta.quant) if meta.quant else None
     source = {"run": directory.parent.name, "step": step, "base": meta.source}
+    if policy is not None:
+        source["estimator"] = estimator_to_dict(policy.estimator)  # the format stands elsewhere in a manifest
     assets = orbax_store.step_dir(directory, step) / orbax_store.ASSETS
-    return Model(GptOssConfig.from_dict(meta.model), params, assets, policy, meta.code_hashes, source)
+    return Model(config, params, assets, policy, meta.code_hashes, source)
 
 
 def carried_files(directory: Path) -> list[Path]:

@@ -9,7 +9,8 @@ A step is written under a temporary name and renamed when its manifest is comple
 with a flipped bit silently (16 of 16 tries) and casts silently to the dtype it is asked for; here the manifest is checked before every restore,
 and shapes and dtypes must be equal. Saving is synchronous: an Orbax save that is still running when the process ends is lost with exit code 0.
 
-Of many processes each writes and reads the shards of its own devices (DIR is on a file system that all see); all else the first does alone.
+Of many processes each writes, reads and hashes its share (DIR is on a file system that all see), so all call save, verify and restore; all else the
+first does alone.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from gptoss_jax.errors import CorruptError, RunError, UsageError
-from gptoss_jax.sharding.distributed import is_first, on_first
+from gptoss_jax.sharding.distributed import is_first, on_each, on_first
 
 ARRAYS, META, ASSETS, MANIFEST = "arrays", "meta.json", "assets", "manifest.json"
 CHECKPOINTS = "checkpoints"  # name of DIR inside a run directory
@@ -120,17 +121,21 @@ def save(
         _remove_leftovers(directory)
         (temporary / ASSETS).mkdir(parents=True)
 
-    def commit():
+    def describe():
         for file in files:
             shutil.copyfile(file, temporary / ASSETS / Path(file).name)
         _write_json(temporary / META, dataclasses.asdict(meta))
-        _write_json(temporary / MANIFEST, _hash_files(temporary))
+
+    def commit():
+        _write_json(temporary / MANIFEST, hashes)
         os.rename(temporary, final)
         _sync_dir(directory)
 
     try:
         on_first(begin)
         ocp.save_checkpointables(temporary / ARRAYS, trees)
+        on_first(describe)
+        hashes = _hash_files(temporary)
         on_first(commit)
     except UsageError:
         raise
@@ -188,13 +193,20 @@ def _hash_file(path: Path) -> dict[str, Any]:
 
 
 def _hash_files(root: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST)
-    with ThreadPoolExecutor(8) as pool:  # xxhash and file reads release the GIL
-        return {str(p.relative_to(root)): entry for p, entry in zip(files, pool.map(_hash_file, files), strict=True)}
+    """Size and hash of all files. Of P processes each does every P-th, the largest first, so that shares are about equal."""
+
+    def share():
+        files = sorted((p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST), key=lambda p: (-p.stat().st_size, str(p)))
+        mine = files[jax.process_index() :: jax.process_count()]
+        with ThreadPoolExecutor(8) as pool:  # xxhash and file reads release the GIL
+            return {str(p.relative_to(root)): entry for p, entry in zip(mine, pool.map(_hash_file, mine), strict=True)}
+
+    shares = on_each(share)
+    return dict(sorted((name, entry) for of_process in shares for name, entry in of_process.items()))
 
 
 def verify(directory: str | Path, step: int) -> None:
-    """Compares every file of a step with its manifest.
+    """Compares every file of a step with its manifest. All processes call this, each reads its share, all hear the same.
 
     Raises:
       CorruptError: naming the step and every file that is missing, extra, or differs in size or hash.
@@ -208,7 +220,9 @@ def verify(directory: str | Path, step: int) -> None:
             sizes = found[name]["bytes"], expected[name]["bytes"]
             problems.append(f"{name} has {sizes[0]} bytes instead of {sizes[1]}" if sizes[0] != sizes[1] else f"{name} differs from its hash")
     if problems:
-        raise CorruptError(f"checkpoint {root}: step {step} is damaged: {'; '.join(sorted(problems))}")
+        error = CorruptError(f"checkpoint {root}: step {step} is damaged: {'; '.join(sorted(problems))}")
+        error.everywhere = True
+        raise error
 
 
 def _read_json(path: Path, step: int) -> Any:
@@ -270,6 +284,11 @@ def restore_param(directory: str | Path, step: int, name: str) -> jax.Array:
     wanted = jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=first)
     target = {"params": {**dict.fromkeys(stored, ...), name: wanted}}  # `...` leaves a leaf out
     return ocp.load_checkpointables(step_dir(directory, step).absolute() / ARRAYS, target)["params"][name]
+
+
+def stored_params(directory: str | Path, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the parameters of a step, without reading them."""
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _stored(directory, step)["params"].items()}
 
 
 def _stored(directory: str | Path, step: int) -> dict[str, Any]:

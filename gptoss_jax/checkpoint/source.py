@@ -41,11 +41,12 @@ class EncodedSlice(NamedTuple):
     def decode(self, dtype, device: jax.Device | None = None) -> jax.Array:
         """The values, decoded on `device`; only codes are moved there."""
         codes = jax.device_put(jax.tree.map(np.ascontiguousarray, self.codes), device)
-        return _decode(codes, np.dtype(dtype), self.trim.start, self.trim.stop)
+        return decode_codes(codes, np.dtype(dtype), self.trim.start, self.trim.stop)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _decode(codes: mxfp4.Codes | nvfp4.Codes, dtype: np.dtype, start: int, stop: int) -> jax.Array:
+def decode_codes(codes: mxfp4.Codes | nvfp4.Codes, dtype: np.dtype, start: int, stop: int) -> jax.Array:
+    """Elements `start` to `stop` (last dim) of the values."""
     decode = mxfp4.decode if isinstance(codes, mxfp4.Codes) else nvfp4.decode
     return decode(codes, dtype)[..., start:stop]
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+FLAGS = {"scale_rule": "scale-rule", "element_round": "element-round", "seed": "round-seed"}  # options of formats on the command line
 
 
 def import_(
@@ -13,6 +15,8 @@ def import_(
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
 ) -> None:
     """Decodes a safetensors checkpoint into a training checkpoint (step 0 of an empty run directory).
+
+    On several devices, or processes under a launcher, each holds, reads and writes its part.
 
     Args:
         source: HF directory (MXFP4 or BF16), OpenAI's original layout, or hub id.
@@ -23,14 +27,20 @@ def import_(
 
     from gptoss_jax.checkpoint import orbax_store
     from gptoss_jax.checkpoint.models import carried_files, load_model
-    from gptoss_jax.errors import UsageError
+    from gptoss_jax.checkpoint.staging import refuse_used
+    from gptoss_jax.cli.byte_bar import byte_bar
+    from gptoss_jax.cli.processes import all_processes
+    from gptoss_jax.sharding import storage_shardings
+    from gptoss_jax.sharding.distributed import is_first, on_first
 
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"{target} exists and is not empty")
-    model = load_model(source, jnp.dtype(dtype))
-    meta = orbax_store.Meta(model=model.config.to_dict(), source=model.source)
-    path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=carried_files(model.directory))
-    print(f"{path}: {sum(p.size for p in model.params.values()):,} parameters, {dtype}")
+    with all_processes("import"):
+        on_first(lambda: refuse_used(target))
+        with byte_bar("import") as tick:
+            model = load_model(source, jnp.dtype(dtype), storage_shardings, tick=tick)
+        meta = orbax_store.Meta(model=model.config.to_dict(), source=model.source)
+        path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=carried_files(model.directory))
+        if is_first():
+            print(f"{path}: {sum(p.size for p in model.params.values()):,} parameters, {dtype}")
 
 
 def export(
@@ -41,11 +51,12 @@ def export(
     element_round: Literal["rne", "away", "sr", "dither"] | None = None,
     round_seed: int | None = None,
     max_shard_gb: float = 5.0,
-) -> None:
+) -> int:
     """Writes a safetensors directory, verifies it, and only then gives it its name.
 
     The weights of a QAT checkpoint are encoded from its masters by the codec and scale rule that training used, and compared with the hashes
     that the compiled training program left in the checkpoint. Its BF16 export holds the values that the 4-bit codes decode to.
+    On several devices, or processes under a launcher, each holds its part; the first process writes.
 
     Args:
         source: training checkpoint, HF directory, OpenAI's original layout, or hub id.
@@ -57,44 +68,60 @@ def export(
         round_seed: seed of sr and dither, recorded in the export.
         max_shard_gb: largest file, in 10^9 bytes.
     """
+    from gptoss_jax.cli.processes import all_processes
+    from gptoss_jax.errors import UsageError
+
+    if max_shard_gb <= 0:
+        raise UsageError(f"--max-shard-gb must be positive, not {max_shard_gb}")
+    with all_processes("export"):
+        options = dict(zip(FLAGS, (scale_rule, element_round, round_seed)))
+        return _export(source, target, format, {name: value for name, value in options.items() if value is not None}, int(max_shard_gb * 1e9))
+
+
+def _export(source: str, target: Path, format: str | None, options: dict[str, Any], max_shard_bytes: int) -> int:
     import jax.numpy as jnp
 
     from gptoss_jax.checkpoint import export_hf, verify_dir
     from gptoss_jax.checkpoint.models import export_format, load_model
+    from gptoss_jax.checkpoint.staging import refuse_used
+    from gptoss_jax.cli.byte_bar import byte_bar
     from gptoss_jax.errors import UsageError
     from gptoss_jax.formats import get_format
+    from gptoss_jax.sharding import storage_shardings
+    from gptoss_jax.sharding.distributed import is_first, on_first
 
-    if max_shard_gb <= 0:
-        raise UsageError(f"--max-shard-gb must be positive, not {max_shard_gb}")
-    model = load_model(source, jnp.bfloat16)
+    say = print if is_first() else lambda text: None
+    on_first(lambda: refuse_used(target))
+    with byte_bar("read") as tick:
+        model = load_model(source, jnp.bfloat16, storage_shardings, tick=tick)
     trained = export_format(model) if model.policy else None
     if format is None and trained is None:
         raise UsageError(f"{source} was trained for no 4-bit format: say which with --format mxfp4, nvfp4 or bf16")
     if format == "bf16":
         fmt, bake = "bf16", trained
-        for option, value in (("--scale-rule", scale_rule), ("--element-round", element_round), ("--round-seed", round_seed)):
-            if value is not None:
-                raise UsageError(f"{option} is for 4-bit formats, not bf16")
+        if options:
+            raise UsageError(f"--{FLAGS[next(iter(options))]} is for 4-bit formats, not bf16")
     else:
         fmt, bake = (trained if trained and format in (None, trained.name) else get_format(format)), None
-        if scale_rule is not None and fmt.name != "mxfp4":
+        if "scale_rule" in options and fmt.name != "mxfp4":
             raise UsageError(f"--scale-rule is for mxfp4, not {fmt.name}")
-        options = {"scale_rule": scale_rule, "element_round": element_round, "seed": round_seed}
         try:
-            fmt = dataclasses.replace(fmt, **{name: value for name, value in options.items() if value is not None})
+            fmt = dataclasses.replace(fmt, **options)
         except ValueError as error:
             raise UsageError(f"--format {fmt.name}: {error}") from None
-    path = export_hf(
-        target, model.config, model.params, format=fmt, bake=bake, source_dir=model.directory, max_shard_bytes=int(max_shard_gb * 1e9),
-        provenance=model.source,
-    )  # fmt: skip
-    print(f"{path}: {fmt}, verified")
+    with byte_bar("export") as tick:
+        path = export_hf(
+            target, model.config, model.params, format=fmt, bake=bake, source_dir=model.directory, max_shard_bytes=max_shard_bytes,
+            provenance=model.source, tick=tick,
+        )  # fmt: skip
+    say(f"{path}: {fmt}, verified")
     if trained and fmt == trained:
-        report = verify_dir(path, against=model.code_hashes)
-        print(f"codes {'equal' if report.ok else 'DIFFER FROM'} those that training computed ({len(model.code_hashes)} expert matrices)")
-        return 0 if report.ok else 1
+        equal = on_first(lambda: verify_dir(path, against=model.code_hashes).ok)
+        say(f"codes {'equal' if equal else 'DIFFER FROM'} those that training computed ({len(model.code_hashes)} expert matrices)")
+        return 0 if equal else 1
     if trained and fmt != "bf16":
-        print(f"note: {fmt} is not what this checkpoint was trained for ({trained}): the exported weights are not the trained ones")
+        say(f"note: {fmt} is not what this checkpoint was trained for ({trained}): the exported weights are not the trained ones")
+    return 0
 
 
 def verify(directory: Annotated[Path, tyro.conf.Positional], against: str | None = None) -> int:

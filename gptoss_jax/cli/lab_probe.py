@@ -17,6 +17,8 @@ def probe(
     row_length: int = 128,
     seeds: int = 1,
     steps: tuple[float, ...] = (0.002, 0.01, 0.05),
+    directions: tuple[str, ...] = ("gradient", "sign"),
+    per_layer: bool = False,
     radius: float = 0.1,
     draws: int = 32,
     max_experts: int | None = None,
@@ -40,7 +42,9 @@ def probe(
         rows: of a batch.
         row-length: tokens of a row; longer conversations are cut.
         seeds: roundings of each batch by a format that rounds at random.
-        steps: along each gradient, over the root mean square of the weights.
+        steps: along each gradient, over the root mean square of the weights: what the rounded loss does, over what the gradient predicts (ρ).
+        directions: gradient: along it; sign: all weights by the same amount, as Adam's first step.
+        per-layer: also move each layer alone.
         radius: of the smoothed loss, likewise.
         draws: random directions of the smoothed loss.
         max-experts: of each matrix, for the statistics of weights; default all.
@@ -59,7 +63,7 @@ def probe(
 
     fmt = _with_options(format, get_format)
     found_estimators = [_with_options(name, get_estimator) for names in estimators or estimator_names() for name in names.split(",") if name]
-    settings = ProbeSettings(probes, batches, rows, row_length, seeds, steps, radius, draws, max_experts, only, dtype, seed)
+    settings = ProbeSettings(probes, batches, rows, row_length, seeds, steps, directions, per_layer, radius, draws, max_experts, only, dtype, seed)
     if data is None and model == "nano":
         data = NANO / "tasks" / "dev.jsonl"
     with Console(stderr=True).status("starting") as status:

@@ -116,7 +116,12 @@ def _print(plan: dict[str, Any]) -> None:
         for c in plan["communication"]["collectives"]:
             table.add_row(c["what"], c["kind"], " ".join(c["axes"]), f"{c['bytes'] / 1e9:.2f}", f"{1e3 * c['seconds']:.1f}")
         console.print(table)
-        console.print(f"({plan['communication']['source']})\n")
+        console.print(f"({plan['communication']['source']})")
+        rows = plan["communication"]["expert_rows"]
+        if rows["gather"]:
+            console.print(f"rows to the experts of a layer, and as many back: {rows['gather'] / 1e9:.2f} GB by a gather, {rows['ragged'] / 1e9:.2f} "
+                          f"ragged at even routing; here {rows['transport']} (ragged: compiled for GPUs, not run)")  # fmt: skip
+        console.print()
 
     speed = plan["speed"]
     console.print(f"a step: products {1e3 * speed['compute_seconds']:.0f} ms ({speed['executed_flops'] / 1e12:,.0f} TFLOP on all devices, "

@@ -25,7 +25,7 @@ from gptoss_jax.data.packing import Batch
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.layerwise import hidden_states
 from gptoss_jax.evaluation.subjects import LocalSubject, Report
-from gptoss_jax.ops.cross_entropy import MAX_BLOCK_LOGITS
+from gptoss_jax.ops.cross_entropy.blocks import MAX_BLOCK_LOGITS
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 

@@ -27,7 +27,8 @@ from gptoss_jax.evaluation.sampling import GREEDY, Sampling, choose, row_keys
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.model.cache import KVCache, init_cache
 from gptoss_jax.model.inference import decode_step, prefill, prepare_params
-from gptoss_jax.quant import ExpertQuant
+from gptoss_jax.quant import ExpertQuant, activation_rounding
+from gptoss_jax.sharding import stacked_experts
 
 CHUNK = 16  # tokens per trip to the device, where nobody waits for the single one
 SMALLEST = 16
@@ -50,6 +51,12 @@ class _How(NamedTuple):
     dtype: Any
     backend: str | None
     sampling: Sampling  # with seed 0: keys are data
+    activations: Callable[[jax.Array], jax.Array] | None
+    stacked: Callable | None  # of experts that are cut over a mesh
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "backend": self.backend, "activations": self.activations, "stacked": self.stacked}
 
     @property
     def precision(self) -> str:
@@ -78,7 +85,7 @@ def _start(how: _How, cache_length: int, params, tokens_BT, lengths_B, room_B, k
     """Prefill, and the first token. Rows without room are padding."""
     with jax.default_matmul_precision(how.precision):
         cache = init_cache(how.config, tokens_BT.shape[0], cache_length, how.dtype)
-        logits_BV, cache = prefill(how.config, params, tokens_BT, lengths_B, cache, dtype=how.dtype, backend=how.backend)
+        logits_BV, cache = prefill(how.config, params, tokens_BT, lengths_B, cache, **how.numerics)
     token_B = jnp.where(room_B > 0, choose(logits_BV, how.sampling, keys_B, lengths_B), NOTHING)
     return _Rows(cache, token_B, *_after(token_B, room_B <= 0, room_B, stops), keys_B)
 
@@ -91,7 +98,7 @@ def _go_on(how: _How, params, rows: _Rows, stops, steps) -> tuple[_Rows, Int[Arr
         i, rows, out_BC = carry
         active_B = ~rows.done_B
         token_B = jnp.maximum(rows.token_B, 0)
-        logits_BV, cache = decode_step(how.config, params, token_B, rows.cache, active_B, dtype=how.dtype, backend=how.backend)
+        logits_BV, cache = decode_step(how.config, params, token_B, rows.cache, active_B, **how.numerics)
         token_B = jnp.where(active_B, choose(logits_BV, how.sampling, rows.keys_B, cache.lengths_B), NOTHING)
         done_B, room_B = _after(token_B, rows.done_B, rows.room_B, stops)
         return i + 1, _Rows(cache, token_B, done_B, room_B, rows.keys_B), lax.dynamic_update_index_in_dim(out_BC, token_B, i, axis=1)
@@ -107,7 +114,8 @@ class Generator:
     """Continues prompts.
 
     Args:
-      params: of `load_model` or of training, on one device or sharded over several; compute weights are made of them once.
+      params: of `load_model` or of training, on one device or sharded over several; compute weights are made of them once. Experts that are cut over
+        devices stay there: each device computes those that it holds.
       dtype: of weights, activations and cache.
       expert_quant: `Model.expert_quant(dtype)`: a QAT checkpoint generates through its quantization. None only casts.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
@@ -121,7 +129,9 @@ class Generator:
         if batch_size < 1:
             raise UsageError(f"batch_size = {batch_size} must be at least 1")
         self.config, self.dtype, self.backend, self.batch_size = config, jnp.dtype(dtype), backend, batch_size
+        self.activations = activation_rounding(expert_quant)
         self.params: Mapping[str, Any] = prepare_params(params, self.dtype, expert_quant)
+        self.stacked = stacked_experts(self.params)
 
     def generate(
         self,
@@ -140,7 +150,7 @@ class Generator:
           UsageError: no tokens to generate; a prompt that is empty, as long as the model's context, or has ids beyond the vocabulary.
         """
         self._check(prompts, max_new_tokens)
-        how = _How(self.config, self.dtype, self.backend, dataclasses.replace(sampling, seed=0))
+        how = _How(self.config, self.dtype, self.backend, dataclasses.replace(sampling, seed=0), self.activations, self.stacked)
         stops = np.array(sorted(set(stop_ids)), np.int32)
         results: list[list[int]] = [[] for _ in prompts]
 

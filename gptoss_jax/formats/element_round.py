@@ -3,11 +3,14 @@
     rne      the nearest, ties to the even index; what training and every default uses (each codec has its own faster code for it)
     away     the nearest, ties away from zero
     sr       stochastic: up with a probability equal to the position in the cell, from independent bits: E[result] = value
-    dither   the same probability, from bits spread evenly along each row (`noise.dither_bits`): the errors of neighbours balance
+    dither   the same probability, from bits spread evenly along each row (`noise.dither_bits`): among neighbours that lie alike in their cells as
+             many go up as should. Of weights without such likeness it is as noisy as sr (row sums of gaussian weights: 0.156 against 0.158; with
+             a mean of 2.5 standard deviations: 0.29 against 0.38)
 
 The position has 32 bits, exact for every float32 unless it is below 2**-8 of the first cell: a mean over keys has no bias (under 2**-32 of a
-step there). What lies above the largest magnitude of the format is clipped to it under every mode, so only scales that never clip
-(`rceil`; NVFP4 with `scale_round="up"`) make stochastic rounding unbiased. Rounding is by magnitude, the sign stays.
+step there; NVFP4, whose scales are no powers of two, takes the position of the float32 quotient, off by up to 2**-22). What lies above the
+largest magnitude of the format is clipped to it under every mode, so only scales that never clip (`rceil`; NVFP4 with `scale_round="up"`) make
+stochastic rounding unbiased. Rounding is by magnitude, the sign stays.
 """
 
 import jax

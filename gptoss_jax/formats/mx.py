@@ -144,8 +144,10 @@ def _value_bits(codes: UInt8[Array, "*batch C Q"], scale_e8m0: Int32[Array, "...
     # a magnitude is m * 2**(exp - M): with the hidden bit, or below the smallest normal one m = index
     m = jnp.where(index < steps, index, steps + index % steps)
     exp = jnp.maximum(index >> element.mantissa_bits, 1) - 1 + element.min_exp
-    shift = exp - element.mantissa_bits + scale_e8m0 - 127
-    bits = jax.lax.bitcast_convert_type(m.astype(jnp.float32), jnp.int32) + (shift << fb.EXP_SHIFT)
-    subnormal = ((bits & 0x7FFFFF) | fb.MIN_NORMAL) >> jnp.clip(1 - (bits >> fb.EXP_SHIFT), 0, 31)
-    bits = jnp.where(bits < fb.MIN_NORMAL, subnormal, jnp.minimum(bits, fb.INF))
-    return jnp.where(m == 0, 0, bits) | ((codes >> 7).astype(jnp.int32) << 31)
+    bits = jax.lax.bitcast_convert_type(m.astype(jnp.float32), jnp.int32)
+    # exponent field of the product: below 1 it is subnormal, from 255 on infinite
+    field = (bits >> fb.EXP_SHIFT) + exp - element.mantissa_bits + scale_e8m0 - 127
+    mantissa = bits & 0x7FFFFF
+    subnormal = (mantissa | fb.MIN_NORMAL) >> jnp.clip(1 - field, 0, 31)
+    product = jnp.where(field < 1, subnormal, jnp.where(field < 255, (field << fb.EXP_SHIFT) | mantissa, fb.INF))
+    return jnp.where(m == 0, 0, product) | ((codes >> 7).astype(jnp.int32) << 31)

@@ -59,7 +59,7 @@ def random_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
 def dither_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
     """Bits that are uniform over keys but spread evenly along each row: a random start, then steps of the golden ratio.
 
-    Of any run of n neighbours a fraction p falls below p * 2**32, up to O(log n / n) instead of the 1/sqrt(n) of independent bits.
+    Of any n neighbours, n * p fall below p * 2**32, up to O(log n) instead of the sqrt(n) of independent bits.
     """
     return mix(_rows(key, shape, 0) ^ _word(key, shape, 1)) + _columns(shape)
 

@@ -1,6 +1,6 @@
 """Plots of what `lab probe --out DIR` wrote, of one or several directories beside each other; PNGs with the plotted numbers as CSV.
 
-    descent.png         rho(eps) of every estimator: realised over predicted change of the rounded loss along its own gradient
+    descent.png         rho(eps) of every estimator: realised over predicted change of the rounded loss along its own gradient, and along its signs
     bias_variance.png   bias against variance of the gradients of the experts, both over the squared norm of the reference
     cells.png           where the latent weights lie in their rounding cells, from the grid point (0) to the border (1/2)
     sqnr.png            signal over rounding noise by layer, projection and expert
@@ -51,25 +51,34 @@ def _labels(found: Found, *parts: str) -> str:
 
 
 def descent(found: Found, file: Path) -> Path:
-    """Ratio over step size; 1 where the gradient tells the truth, below 0 where a step does harm."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis, points = figure.subplots(), []
-    number = 0
-    for label, rows in found.items():
-        for estimator, forward in dict.fromkeys((row["estimator"], row["forward"]) for row in rows):
-            line = sorted((row["step"], row["ratio"]) for row in rows if (row["estimator"], row["forward"]) == (estimator, forward))
+    """Ratio over step size; 1 where the gradient tells the truth, below 0 where a step does harm. One panel per direction, all layers moving."""
+    whole = [(label, row) for label, rows in found.items() for row in rows if row["layer"] is None and row["ratio"] is not None]
+    directions = list(dict.fromkeys(row["direction"] for _, row in whole))
+    curves = list(dict.fromkeys((label, row["estimator"], row["forward"]) for label, row in whole))
+    titles = {"gradient": "along the gradient", "sign": "along its signs, as Adam's first step"}
+    figure = Figure(figsize=(4 * len(directions) + 3, 4), layout="constrained")
+    axes, points = figure.subplots(1, len(directions), squeeze=False, sharey=True)[0], []
+    for axis, direction in zip(axes, directions):
+        for number, curve in enumerate(curves):
+            label, estimator, forward = curve
+            line = sorted(
+                (row["step"], row["ratio"]) for of, row in whole if (of, row["estimator"], row["forward"], row["direction"]) == (*curve, direction)
+            )
             name = _labels(found, label, estimator, "without rounding" if forward == "full" else "")
             axis.plot(*zip(*line), label=name, markersize=4, linewidth=1.3, **style(number))
-            points += [(name, step, ratio) for step, ratio in line]
-            number += 1
-    axis.axhline(1, color="0.2", linewidth=0.8)
-    axis.axhline(0, color="0.6", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_xlabel("step over the root mean square of the weights", fontsize=8)
-    axis.set_ylabel("realised / predicted change of the loss", fontsize=8)
-    plain(axis)
-    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, file, ("curve", "step", "ratio"), points)
+            points += [(direction, name, step, ratio) for step, ratio in line]
+        axis.axhline(1, color="0.2", linewidth=0.8)
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        steps = sorted({row["step"] for _, row in whole})
+        axis.set_xscale("log")
+        axis.set_xticks(steps, [f"{step:g}" for step in steps])
+        axis.minorticks_off()
+        axis.set_title(titles[direction], fontsize=9, loc="left")
+        axis.set_xlabel("step over the root mean square of the weights", fontsize=8)
+        plain(axis)
+    axes[0].set_ylabel("realised / predicted change of the loss", fontsize=8)
+    axes[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(figure, file, ("direction", "curve", "step", "ratio"), points)
 
 
 def bias_variance(found: Found, file: Path) -> Path:

@@ -7,7 +7,7 @@ Legend: B rows  T tokens of a prompt, padded  V vocab
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -22,7 +22,7 @@ from gptoss_jax.model.context import Context
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.transformer import Params, build_model
 from gptoss_jax.ops.grouped_matmul.xla import bits, values
-from gptoss_jax.quant import ExpertQuant, plain_cast
+from gptoss_jax.quant import ExpertQuant, plain_cast, with_activations
 
 _EXPERT_MATRIX = re.compile(r"experts\.(gate_up_proj|down_proj)$")
 _CAST = re.compile(r"(_proj\.weight|embed_tokens\.weight|lm_head\.weight)$")  # what the forward pass casts; norms, router, biases and sinks stay
@@ -61,9 +61,10 @@ def _ready(value, projection: str | None, quant: ExpertQuant | None, dtype, as_b
     return bits(ready) if as_bits else ready
 
 
-def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, lengths_B=None) -> Context:
+def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, activations, stacked, lengths_B=None) -> Context:
     cos_BTC, sin_BTC = rope_tables(positions_BT, config.rope, config.head_dim)
-    return Context(segment_ids_BT, cos_BTC, sin_BTC, plain_cast(dtype), False, backend, lengths_B=lengths_B)
+    quant = with_activations(plain_cast(dtype), activations)
+    return Context(segment_ids_BT, cos_BTC, sin_BTC, quant, False, backend, lengths_B=lengths_B, stacked=stacked)
 
 
 def _logits(params: Mapping, hidden_BD, dtype) -> Float[Array, "B V"]:
@@ -81,6 +82,8 @@ def prefill(
     *,
     dtype,
     backend: str | None = None,
+    activations: Callable[[Array], Array] | None = None,
+    stacked: Callable | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads prompts into an empty cache; the logits of the token that follows each.
 
@@ -89,10 +92,13 @@ def prefill(
       tokens_BT: prompts, padded on the right with any token.
       lengths_B: tokens of each prompt, at least 1.
       cache: of `init_cache`; full layers must have T slots or more.
+      activations: `activation_rounding(expert_quant)` of the `expert_quant` that `prepare_params` had.
+      stacked: how experts that are cut over a mesh are run (`gptoss_jax.sharding.stacked_experts`).
     """
     positions_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     real_BT = positions_T < lengths_B[:, None]
-    context = _context(jnp.broadcast_to(positions_T, tokens_BT.shape), real_BT.astype(jnp.int32), config, dtype, backend)
+    positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape)
+    context = _context(positions_BT, real_BT.astype(jnp.int32), config, dtype, backend, activations, stacked)
     hidden_BTD, new, new_tail = build_model(config, params).cached(tokens_BT, context, cache, dtype, is_prompt=True)
     write = lambda layers, news: tuple(fill(old, *kv, lengths_B) for old, kv in zip(layers, news, strict=True))
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -108,14 +114,16 @@ def decode_step(
     *,
     dtype,
     backend: str | None = None,
+    activations: Callable[[Array], Array] | None = None,
+    stacked: Callable | None = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Reads one more token of each row; the logits of the one that follows.
 
     Rows that are not `active_B` are computed too, but do not get longer: what they wrote stays invisible. Full layers must have a free slot for every
-    active row.
+    active row. `activations` as in `prefill`.
     """
     lengths_B = cache.lengths_B
-    context = _context(lengths_B[:, None], jnp.ones_like(token_B)[:, None], config, dtype, backend, lengths_B)
+    context = _context(lengths_B[:, None], jnp.ones_like(token_B)[:, None], config, dtype, backend, activations, stacked, lengths_B)
     hidden_B1D, new, new_tail = build_model(config, params).cached(token_B[:, None], context, cache, dtype, is_prompt=False)
     one_token = lambda kv: jax.tree.map(lambda x_LBKTH: x_LBKTH[..., 0, :], kv)
     write = lambda layers, news: tuple(append(old, *one_token(kv), lengths_B) for old, kv in zip(layers, news, strict=True))

@@ -10,6 +10,7 @@ The router runs in float32, experts in the dtype of x with float32 accumulation.
 Legend: S tokens  D hidden  E experts  A experts per token  F expert hidden  U=2F gate/up interleaved
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,12 +28,13 @@ from gptoss_jax.ops.experts.inference import expert_mlp_inference
 from gptoss_jax.ops.remat import product
 from gptoss_jax.ops.top_k import top_k
 from gptoss_jax.precision import wide
-from gptoss_jax.quant import ExpertQuant, Gather
+from gptoss_jax.quant import ExpertQuant, Gather, activation_rounding
 from gptoss_jax.quant.gather import cast_and_gather
+from gptoss_jax.quant.two_way import forward_weight
 
 
 class RouterStats(NamedTuple):
-    """Sums over tokens, so that parts of a batch add up; leading dims (layers) may be stacked. The first three are of the tokens that are not padding.
+    """Sums over tokens, so that parts of a batch add up; leading dims (layers) may be stacked. The first three leave padding out.
 
     `num_dropped` is counted where experts compute: routed rows, of padding too, less those that lie in a block of rows that some device computes.
     """
@@ -108,16 +110,45 @@ def run_experts(
     flat = lambda x: x.reshape(-1, x.shape[-1])
     out_SD, num_rows = expert_mlp_counted(
         flat(x_BTD), flat(experts_BTA), flat(weights_BTA), captured["gate_up_proj"][0], whole(stored.gate_up_bias_EU),
-        captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend,
+        captured["down_proj"][0], whole(stored.down_bias_ED), limit=limit, backend=backend, activations=activation_rounding(expert_quant),
     )  # fmt: skip
+    captured = {name: (forward_weight(weight), codes) for name, (weight, codes) in captured.items()}
     return out_SD.reshape(x_BTD.shape), num_rows[None], captured
+
+
+def run_stacked_experts(
+    x_BTD: Float[Array, "B T D"],
+    experts_BTA: Int[Array, "B T A"],
+    weights_BTA: Float[Array, "B T A"],
+    stored: StoredExperts,
+    layer: Int[Array, ""] | int,
+    *,
+    limit: float,
+    backend: str | None,
+    activations: Callable[[Array], Array] | None = None,
+    elsewhere: bool = False,
+) -> Float[Array, "B T D"]:
+    """The same for generation: without gradients, from the ready compute weights (`inference.prepare_params`) of one layer among stacked ones.
+
+    Args:
+      stored: with a leading dim of layers, or without.
+      elsewhere: it is a shard (inside a `jax.shard_map`); `experts_BTA` counts the experts of the shard as for `run_experts`.
+    """
+    flat = lambda weights, dims: jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - dims :]), weights)
+    num_experts = stored.down_bias_ED.shape[-2]
+    out_SD = expert_mlp_inference(
+        *(flat(x, 1) for x in (x_BTD, experts_BTA, weights_BTA)), *(flat(weights, dims) for weights, dims in zip(stored, (2, 1, 2, 1))),
+        first=layer * num_experts, num_experts=num_experts, limit=limit, backend=backend, activations=activations,
+        elsewhere=elsewhere,
+    )  # fmt: skip
+    return out_SD.reshape(x_BTD.shape)
 
 
 class Experts(nnx.Module):
     """All experts of a layer. `gate_up_proj` [E, U, D] and `down_proj` [E, D, F] are the weights that get quantized."""
 
     def __init__(self, config: GptOssConfig, *, rngs, dtype, layers: int | None):
-        self.limit, self.num_experts = config.swiglu_limit, config.num_local_experts
+        self.limit = config.swiglu_limit
         experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
         make = dict(layers=layers, dtype=dtype)
         self.gate_up_proj = weight(rngs, (experts, 2 * width, hidden), ("expert", "expert_mlp", "expert_embed"), **make)
@@ -128,24 +159,20 @@ class Experts(nnx.Module):
     def __call__(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> tuple[Float[Array, "B T D"], Int[Array, "devices"] | None, dict]:
         """The weighted sum of the chosen experts, the routed rows that each device computed, and what `expert_quant` returned for each projection.
         In generation the first alone."""
+        variables = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
+        # a weight may be no array: packed codes in generation, `TwoWay` in training with `cast_at: step`
+        stored = StoredExperts(*(variable.get_value() for variable in variables))
         if context.layer is not None:
-            return self._inference(x_BTD, experts_BTA, weights_BTA, context), None, {}
-        stored = StoredExperts(self.gate_up_proj[...], self.gate_up_proj_bias[...], self.down_proj[...], self.down_proj_bias[...])
+            run = partial(
+                run_stacked_experts, limit=self.limit, backend=context.backend, activations=activation_rounding(context.expert_quant)
+            )
+            if context.stacked is not None:
+                run = context.stacked(run)
+            return run(x_BTD, experts_BTA, weights_BTA, stored, context.layer), None, {}
         run = partial(run_experts, expert_quant=context.expert_quant, limit=self.limit, backend=context.backend)
         if context.distribute is not None:
             run = context.distribute.experts(run, context.capture)
         return run(x_BTD, experts_BTA, weights_BTA, stored)
-
-    def _inference(self, x_BTD, experts_BTA, weights_BTA, context: Context) -> Float[Array, "B T D"]:
-        """With ready compute weights (`inference.prepare_params`) of all stacked layers, of which `context.layer` is this one."""
-        variables = self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias
-        flat = lambda weights, dims: jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - dims :]), weights)
-        weights = (flat(variable.get_value(), dims) for variable, dims in zip(variables, (2, 1, 2, 1)))
-        rows = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, experts_BTA, weights_BTA))
-        out_SD = expert_mlp_inference(
-            *rows, *weights, first=context.layer * self.num_experts, num_experts=self.num_experts, limit=self.limit, backend=context.backend
-        )
-        return out_SD.reshape(x_BTD.shape)
 
 
 class Moe(nnx.Module):

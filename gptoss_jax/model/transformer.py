@@ -94,7 +94,8 @@ class GptOss(nnx.Module):
                 extras.append(extra)
             return x_BTD, extras
 
-        x_BTD = embedding(self.embed_tokens.weight[...], tokens_BT).astype(dtype)
+        lookup = context.distribute.embedding if context.distribute else lambda w_VD, tokens_BT, dtype: embedding(w_VD, tokens_BT).astype(dtype)
+        x_BTD = lookup(self.embed_tokens.weight[...], tokens_BT, dtype)
         x_BTD, extras = lax.scan(period, x_BTD, stacked)
         tail_extras = []
         for block in self.tail:
@@ -194,7 +195,7 @@ def forward(
       remat: what the backward pass computes again, see `gptoss_jax.ops.remat`.
       backend: of attention and experts, "xla" or "triton"; None chooses by platform.
       capture: also return the expert compute weights that this program used.
-      distribute: how attention and experts run on a mesh (`gptoss_jax.sharding.distribution`); None leaves their layout to the compiler.
+      distribute: how embedding, attention and experts run on a mesh (`gptoss_jax.sharding.distribution`); None leaves their layout to the compiler.
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)

@@ -1,26 +1,55 @@
 """The callable that the model applies to stored expert weights, at the place of the master -> compute cast."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+from jax import lax
 from jaxtyping import Array, Float
 
 from gptoss_jax.quant.fake_quant import fake_quant_with_codes
 from gptoss_jax.quant.gather import Gather, cast_and_gather
 from gptoss_jax.quant.policy import QuantPolicy
+from gptoss_jax.quant.two_way import TwoWay
 
 # expert_quant(projection, stored weight [E, out, in], gather) -> (compute weight, codes it was decoded from; None where not quantized).
 # With `gather`, inside a `jax.shard_map`, the stored weight and the codes are a shard and the compute weight is whole.
-ExpertQuant = Callable[[str, Float[Array, "E out in"], Gather | None], tuple[Float[Array, "G out in"], Any | None]]
+ExpertQuant = Callable[[str, Float[Array, "E out in"], Gather | None], tuple[Float[Array, "G out in"] | TwoWay, Any | None]]
+
+
+@dataclass(frozen=True)
+class RoundsActivations:
+    """An `ExpertQuant` under which the inputs of both expert products are rounded too; a plain function leaves them as they are."""
+
+    weights: ExpertQuant
+    activations: Callable[[Array], Array]
+
+    def __call__(self, projection, stored, gather=None):
+        return self.weights(projection, stored, gather)
+
+
+def activation_rounding(expert_quant: ExpertQuant | None) -> Callable[[Array], Array] | None:
+    """What the inputs of expert products go through, None where that is nothing."""
+    return expert_quant.activations if isinstance(expert_quant, RoundsActivations) else None
+
+
+def with_activations(weights: ExpertQuant, activations: Callable[[Array], Array] | None) -> ExpertQuant:
+    """`weights` under this rounding of inputs, if there is any."""
+    return weights if activations is None else RoundsActivations(weights, activations)
+
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def plain_cast(dtype) -> ExpertQuant:
     """The cast to the compute dtype, without codes: SFT."""
-    return lambda projection, stored, gather=None: (cast_and_gather(stored, dtype, gather) if gather else stored.astype(dtype), None)
+
+    def cast(projection, stored, gather=None):
+        return jax.tree.map(lambda x: cast_and_gather(x, dtype, gather) if gather else x.astype(dtype), stored), None
+
+    return cast
 
 
 def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
@@ -50,6 +79,9 @@ def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
         if fmt is None:
             return plain_cast(compute_dtype)(projection, stored, gather)
         with jax.named_scope(f"fake_quant_{projection}"):
-            return fake_quant_with_codes(stored, fmt, policy.estimator, dtype=compute_dtype, gather=gather)
+            weight, codes = fake_quant_with_codes(stored, fmt, policy.estimator, dtype=compute_dtype, gather=gather)
+        if policy.backward_weight == "original":
+            weight = TwoWay(weight, plain_cast(compute_dtype)(projection, lax.stop_gradient(stored), gather)[0])
+        return weight, codes
 
-    return expert_quant
+    return with_activations(expert_quant, policy.rounded_activations if policy and policy.activations else None)

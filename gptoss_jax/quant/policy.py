@@ -13,11 +13,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from gptoss_jax.formats import Format, format_from_dict, get_format
 from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
+from gptoss_jax.quant.fake_quant import fake_quant
 
 EXPERT_PROJECTIONS = "*.mlp.experts.*_proj"
+BACKWARD_WEIGHTS = ("quantized", "original")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class QuantPolicy:
 
     rules: tuple[tuple[str, Format], ...]
     estimator: Estimator = field(default_factory=Ste)
+    # which weight the gradient of an expert's input goes through, see `two_way`
+    backward_weight: str = "quantized"
+    # what the inputs of both expert products are rounded to, straight-through; a format of rows, not of whole matrices
+    activations: Format | None = None
 
     def __post_init__(self):
         rules = tuple((pattern, get_format(fmt)) for pattern, fmt in self.rules)
@@ -33,6 +40,15 @@ class QuantPolicy:
             raise ValueError("a quantization policy needs at least one rule; no quantization is policy None")
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "estimator", get_estimator(self.estimator))
+        if self.backward_weight not in BACKWARD_WEIGHTS:
+            raise ValueError(f"backward_weight = {self.backward_weight!r} is not {' or '.join(BACKWARD_WEIGHTS)}")
+        if self.activations is not None:
+            object.__setattr__(self, "activations", get_format(self.activations))
+            if not isinstance(getattr(self.activations, "tensor_amax", 1.0), int | float) or self.activations.stochastic:
+                raise ValueError(
+                    f"activations = {self.activations}: rows of other tokens must not change a token's rounding; "
+                    "NVFP4 needs a tensor_amax that is a number, and rounding must be to nearest"
+                )
 
     def format_of(self, name: str) -> Format | None:
         """Format of the first rule that matches the parameter name, None where none does."""
@@ -73,27 +89,43 @@ class QuantPolicy:
         quantized, total = sum(size[name] for name in matched), sum(size.values())
         if self.estimator != Ste():
             lines.append(f"gradient estimator {self.estimator}")
+        if self.backward_weight != "quantized":
+            lines.append(f"gradients of inputs through the {self.backward_weight} weight")
+        if self.activations is not None:
+            lines.append(f"inputs of expert products rounded to {self.activations}")
         lines.append(f"{len(matched)} of {len(params)} arrays quantized: {quantized:,} of {total:,} parameters; the others stay as they are")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         rules = [{"pattern": pattern, "format": fmt.to_dict()} for pattern, fmt in self.rules]
-        return {"rules": rules, "estimator": estimator_to_dict(self.estimator)}
+        activations = self.activations and self.activations.to_dict()
+        return {
+            "rules": rules, "estimator": estimator_to_dict(self.estimator), "backward_weight": self.backward_weight, "activations": activations
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "QuantPolicy":
-        """Inverse of `to_dict`. Without an estimator it is the straight-through one.
+        """Inverse of `to_dict`. What an older record lacks has its default: it was not known then.
 
         Raises:
           ValueError: unknown or missing key.
         """
-        if set(raw) - {"estimator"} != {"rules"}:
-            raise ValueError(f"a quantization policy has the keys 'rules' and 'estimator', not {sorted(raw)}")
+        unknown = sorted(set(raw) - {"rules", "estimator", "backward_weight", "activations"})
+        if unknown or "rules" not in raw:
+            raise ValueError(f"a quantization policy has the keys rules, estimator, backward_weight and activations, not {sorted(raw)}")
         for rule in raw["rules"]:
             if set(rule) != {"pattern", "format"}:
                 raise ValueError(f"a rule has the keys 'pattern' and 'format', not {sorted(rule)}")
         rules = tuple((rule["pattern"], format_from_dict(rule["format"])) for rule in raw["rules"])
-        return cls(rules, estimator_from_dict(raw.get("estimator", {"name": "ste"})))
+        activations = raw.get("activations")
+        return cls(
+            rules, estimator_from_dict(raw.get("estimator", {"name": "ste"})), raw.get("backward_weight", "quantized"),
+            activations and format_from_dict(activations),
+        )  # fmt: skip
+
+    def rounded_activations(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
+        """The input of an expert product as it is computed with, straight-through."""
+        return x if self.activations is None else fake_quant(x, self.activations)
 
 
 def default_policy(fmt: str | Format, estimator: str | Estimator = "ste") -> QuantPolicy:

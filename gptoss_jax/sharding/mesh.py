@@ -17,6 +17,11 @@ from gptoss_jax.errors import UsageError
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The same devices and names with axes whose layouts the compiler chooses. An abstract mesh, as `plan` makes, has such axes."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)) if isinstance(mesh, Mesh) else mesh
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over the first `data * fsdp * expert * context * tensor` devices.
 

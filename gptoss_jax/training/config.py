@@ -25,7 +25,9 @@ from pydantic import (
 
 from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
+from gptoss_jax.formats import Format, format_from_dict, get_format
 from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
+from gptoss_jax.sharding.experts import Transport
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -140,19 +142,34 @@ def _plain_estimator(estimator: Estimator) -> str | dict[str, Any]:
 QuantEstimator = Annotated[Any, BeforeValidator(_estimator), PlainSerializer(_plain_estimator)]
 
 
-class Mxfp4Quant(Section):
-    format: Literal["mxfp4"]
-    scale_rule: Literal["rceil", "floor", "even", "mse"] = "rceil"
+def _format(value: Any) -> Format | None:
+    return value if value is None else format_from_dict(value) if isinstance(value, dict) else get_format(value)
+
+
+# a name, or {name: mxfp8, element: e5m2}
+NumberFormat = Annotated[Any, BeforeValidator(_format), PlainSerializer(lambda fmt: fmt and fmt.to_dict())]
+
+
+class ExpertQuantConfig(Section):
+    """What the kinds of fake quantization have in common."""
+
     estimator: QuantEstimator = Ste()
+    # which weight the gradient of an expert's input goes through
+    backward_weight: Literal["quantized", "original"] = "quantized"
+    # format that the inputs of both expert products are rounded to, as engines do that compute in 8 or 4 bits; None leaves them as they are
+    activations: NumberFormat = None
     # name patterns of the weights to quantize; None is the expert projections
     rules: tuple[str, ...] | None = None
 
 
-class Nvfp4Quant(Section):
+class Mxfp4Quant(ExpertQuantConfig):
+    format: Literal["mxfp4"]
+    scale_rule: Literal["rceil", "floor", "even", "mse"] = "rceil"
+
+
+class Nvfp4Quant(ExpertQuantConfig):
     format: Literal["nvfp4"]
     global_scale: Literal["pow2", "exact"] = "pow2"
-    estimator: QuantEstimator = Ste()
-    rules: tuple[str, ...] | None = None
 
 
 class Distillation(Section):
@@ -247,6 +264,9 @@ class TrainConfig(Section):
     # newest checkpoints that stay on disk
     keep: PositiveInt = 2
     mesh: MeshConfig = MeshConfig()
+    # how rows get to experts of other devices: to all by an all-gather, or only to those that hold their experts by `ragged_all_to_all`, which has
+    # been compiled for GPUs, not run; auto takes the latter on GPUs where it is expected to send less than 3/4
+    expert_transport: Transport = "auto"
 
     @model_validator(mode="after")
     def _consistent(self):

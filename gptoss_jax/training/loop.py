@@ -44,7 +44,10 @@ from gptoss_jax.training.step import (
 
 MAX_SKIPPED_IN_ROW = 3
 # settings that may change between a run and its continuation: they do not touch the result
-FREE_ON_RESUME = ("model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "batch.accumulation")
+FREE_ON_RESUME = (
+    "model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "expert_transport",
+    "batch.accumulation",
+)  # fmt: skip
 
 
 class BatchIterator(Protocol):
@@ -116,14 +119,14 @@ class Trainer:
           UsageError: the run was made with other settings, another model or other data.
           CorruptError: all checkpoints are damaged.
         """
-        step = on_first(self._newest_good_step)
+        step = self._newest_good_step()
         if step is not None:
             self._restore(step)
         self.run.rewind_metrics(-1 if step is None else step)
         return step
 
     def _newest_good_step(self) -> int | None:
-        steps = orbax_store.list_steps(self.run.checkpoints)
+        steps = on_first(lambda: orbax_store.list_steps(self.run.checkpoints))
         while steps:
             try:
                 orbax_store.verify(self.run.checkpoints, steps[-1])
@@ -131,8 +134,9 @@ class Trainer:
             except CorruptError as error:
                 if len(steps) == 1:
                     raise
-                moved = orbax_store.quarantine(self.run.checkpoints, steps.pop())
-                self.progress.note(f"WARNING: {error}; moved to {moved.name}, going on with the step before")
+                damaged = steps.pop()
+                moved = on_first(lambda damaged=damaged: orbax_store.quarantine(self.run.checkpoints, damaged).name)
+                self.progress.note(f"WARNING: {error}; moved to {moved}, going on with the step before")
         return None
 
     def _restore(self, step: int) -> None:

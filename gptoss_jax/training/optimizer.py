@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.errors import UsageError
+from gptoss_jax.formats.noise import random_bits
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
 from gptoss_jax.training.moments import scale_by_adam
 from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, rounding_key, stochastic_round

@@ -47,7 +47,8 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
     fmt = Mxfp4(scale_rule=train.quant.scale_rule) if train.quant.format == "mxfp4" else Nvfp4(global_scale=train.quant.global_scale)
     try:
         patterns = (EXPERT_PROJECTIONS,) if train.quant.rules is None else train.quant.rules
-        policy = QuantPolicy(tuple((pattern, fmt) for pattern in patterns), train.quant.estimator)
+        rules, quant = tuple((pattern, fmt) for pattern in patterns), train.quant
+        policy = QuantPolicy(rules, quant.estimator, quant.backward_weight, quant.activations)
         policy.match(abstract_params(config))
         make_expert_quant(policy, jnp.dtype(train.compute_dtype))
     except ValueError as error:
@@ -106,7 +107,7 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
         raise UsageError(f"config: mesh has {train.mesh.size} devices, but {processes} processes with {devices} devices take part")
     if train.mesh.size == 1:
         return None
-    return Shardings.on(config, make_mesh(**train.mesh.model_dump()))
+    return Shardings.on(config, make_mesh(**train.mesh.model_dump()), transport=train.expert_transport)
 
 
 def run_stage(

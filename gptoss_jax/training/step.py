@@ -27,9 +27,9 @@ from gptoss_jax.model.context import Distribute
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.ops.distillation import Side, distillation_sums
 from gptoss_jax.precision import wide
-from gptoss_jax.quant import ExpertQuant, plain_cast
+from gptoss_jax.quant import ExpertQuant, activation_rounding, plain_cast, with_activations
 from gptoss_jax.quant.expert_quant import PROJECTIONS
-from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, batch_sharding, distribution, param_shardings, replicated
+from gptoss_jax.sharding import DEFAULT_RULES, ShardingRules, Transport, batch_sharding, distribution, param_shardings, replicated
 from gptoss_jax.training.config import DistillConfig, TrainConfig
 from gptoss_jax.training.optimizer import Optimizer, apply_updates, global_norm, init_moments, make_optimizer
 
@@ -56,9 +56,9 @@ class Shardings(NamedTuple):
     distribute: Distribute | None = None
 
     @classmethod
-    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> "Shardings":
+    def on(cls, config: GptOssConfig, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, transport: Transport = "auto") -> "Shardings":
         """What the rules make of this model and mesh."""
-        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules))
+        return cls(param_shardings(config, mesh, rules), batch_sharding(mesh, rules), replicated(mesh), distribution(mesh, rules, transport))
 
 
 class Teacher(NamedTuple):
@@ -145,7 +145,7 @@ def _prepare(expert_quant: ExpertQuant, params: Params) -> tuple[dict[str, Array
 
 def _loss_sum(hidden_BTD, params: Params, batch, dtype, distribute: Distribute | None) -> Float[Array, ""]:
     """Sum of weight * nll over the tokens of a batch."""
-    run = lambda *arrays, gathers=(): cross_entropy_sum(*arrays, dtype, gathers)
+    run = lambda *arrays, gathers=(), vocab=(): cross_entropy_sum(*arrays, dtype, gathers, vocab)
     if distribute is not None:
         run = distribute.loss(run)
     return run(hidden_BTD, params["lm_head.weight"], batch.targets_BT, batch.loss_weights_BT)
@@ -165,9 +165,9 @@ class LossParts(NamedTuple):
 def _distillation(hidden_BTD, params: Params, teacher_BTD, teacher: Params, batch, dtype, distill: DistillConfig, distribute: Distribute | None):
     """The sums of `distillation_sums` over the tokens of a batch."""
 
-    def run(hidden_BTD, w_VD, targets_BT, weights_BT, teacher_BTD, teacher_w_VD, gathers=()):
+    def run(hidden_BTD, w_VD, targets_BT, weights_BT, teacher_BTD, teacher_w_VD, gathers=(), vocab=()):
         sides = Side(hidden_BTD, w_VD), Side(teacher_BTD, teacher_w_VD)
-        return distillation_sums(*sides, targets_BT, weights_BT, distill.weight, distill.temperature, dtype, gathers)
+        return distillation_sums(*sides, targets_BT, weights_BT, distill.weight, distill.temperature, dtype, gathers, vocab)
 
     if distribute is not None:
         run = distribute.loss(run)
@@ -188,7 +188,7 @@ def make_loss(
     names, whose architecture is `teacher_config`."""
     dtype = jnp.dtype(train.compute_dtype)
     if train.cast_at == "step":
-        expert_quant = plain_cast(dtype)
+        expert_quant = with_activations(plain_cast(dtype), activation_rounding(expert_quant))
 
     run = partial(forward, dtype=dtype, backend=None if train.kernels == "auto" else train.kernels, distribute=distribute)
     tokens = lambda batch: (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)

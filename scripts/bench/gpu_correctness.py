@@ -23,7 +23,11 @@ from scripts.bench.common import WORKLOADS
 from tests.formats.inputs import BF16, bf16_beside_maxima, f32_at_thresholds, random_bits
 from tests.support.params import lively_params
 
-FORMATS = (Mxfp4("rceil"), Mxfp4("floor"), Mxfp4("even"), Mxfp4("mse"), Mxfp4(compat="modelopt"), Nvfp4("pow2"), Nvfp4("exact"))
+FORMATS = (
+    Mxfp4("rceil"), Mxfp4("floor"), Mxfp4("even"), Mxfp4("mse"), Mxfp4(compat="modelopt"), Nvfp4("pow2"), Nvfp4("exact"),
+    Mxfp4(element_round="sr"), Nvfp4(element_round="dither", scale_round="up"), Nvfp4(four_six="mse"),
+)  # fmt: skip
+KEY = np.array([1, 2], np.uint32)  # of those that round stochastically
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32)
 
 
@@ -74,7 +78,8 @@ def codec(smoke: bool) -> dict:
     rows, total = [], 0
     formats = FORMATS[::5] if smoke else FORMATS
     for fmt in formats:
-        run = jax.jit(lambda x, fmt=fmt: fmt.encode_decode(x, jnp.bfloat16))
+        key = KEY if fmt.stochastic else None
+        run = jax.jit(lambda x, fmt=fmt, key=key: fmt.encode_decode(x, jnp.bfloat16, key))
         decode = jax.jit(lambda q, fmt=fmt: fmt.decode(q, jnp.float32))
         for name, x in codec_inputs(fmt.block_size, smoke).items():
             expected = jax.tree.map(np.asarray, run(jax.device_put(x, cpu)))
@@ -84,7 +89,7 @@ def codec(smoke: bool) -> dict:
             bad = {"compiled": _differing(run(here), expected), "decoded": _differing(decode(codes), expected_decoded)}
             if not smoke and x.size <= 2**23:
                 with jax.disable_jit():
-                    bad["op by op"] = _differing(fmt.encode_decode(here, jnp.bfloat16), expected)
+                    bad["op by op"] = _differing(fmt.encode_decode(here, jnp.bfloat16, key), expected)
             total += sum(bad.values())
             rows.append({"format": str(fmt), "input": name, "elements": x.size, "differing_bytes": bad})
     return {"ok": total == 0, "reference": "cpu, compiled", "rows": rows}

@@ -160,11 +160,12 @@ RANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("run_bytes", [1, 1000, 1 << 40])
+@pytest.mark.parametrize("near, span", [(1, 1), (400, 3000), (1 << 20, 1 << 20)])
 @pytest.mark.parametrize("ranges", RANGES)
-def test_a_slice_is_that_of_the_mapped_tensor(ranges, run_bytes, tmp_path, monkeypatch):
-    """Read stretch by stretch, or copied from the mapped file."""
-    monkeypatch.setattr(safetensors_io, "RUN_BYTES", run_bytes)
+def test_a_slice_is_that_of_the_mapped_tensor(ranges, near, span, tmp_path, monkeypatch):
+    """Read stretch by stretch, or with what lies between them: rows of 360 bytes, matrices of 108,000."""
+    monkeypatch.setattr(safetensors_io, "NEAR_BYTES", near)
+    monkeypatch.setattr(safetensors_io, "SPAN_BYTES", span)
     values = np.random.default_rng(0).standard_normal((7, 300, 90)).astype(np.float32)
     path = tmp_path / "a.safetensors"
     with SafetensorsWriter(path, {"pad": ("U8", (3,)), "x": ("F32", values.shape)}) as writer:

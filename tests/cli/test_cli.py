@@ -1,5 +1,6 @@
 """The command line from outside: help, exit codes, one-line errors, and logits against transformers on a directory it has never seen."""
 
+import json
 import os
 import re
 import subprocess
@@ -48,7 +49,7 @@ def test_overview_answers_at_once_and_imports_no_jax(args):
 
 
 def test_commands_are_the_published_ones():
-    expected = "demo recipe sft qat import export verify logits eval compare generate chat env data diagnose plan lab"
+    expected = "demo recipe sft qat import export verify logits eval compare generate chat env data diagnose plan lab ckpt"
     assert set(COMMANDS) == set(expected.split())
 
 
@@ -143,3 +144,24 @@ def test_import_export_verify_round_trip(mxfp4_dir, tmp_path, capsys):
     data[-100] ^= 1
     file.write_bytes(data)
     assert main(["verify", str(tmp_path / "out"), "--against", str(mxfp4_dir)]) == 1
+
+
+def test_export_with_seeded_stochastic_rounding(tiny_config, tmp_path, capsys):
+    """The seed stands in the manifest, another seed is another model, and mistakes of usage are named."""
+    export_hf(tmp_path / "model", tiny_config, lively_params(tiny_config), format="bf16")
+    export = lambda name, *options: main(["export", str(tmp_path / "model"), str(tmp_path / name), *options])
+    rounded = ("--format", "mxfp4", "--element-round", "sr", "--round-seed")
+    assert export("out", *rounded, "3") == export("again", *rounded, "3") == export("other", *rounded, "4") == 0
+    out, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again", "other"))
+    assert out == again != other
+    recorded = json.loads((tmp_path / "out" / "gptoss_jax_export.json").read_text())["format"]
+    assert recorded == {"name": "mxfp4", "scale_rule": "rceil", "compat": None, "element_round": "sr", "seed": 3}
+    assert main(["verify", str(tmp_path / "out"), "--against", str(tmp_path / "model")]) == 0
+    for options, message in (
+        (("--format", "mxfp4", "--element-round", "sr"), "needs a seed"),
+        (("--format", "nvfp4", "--round-seed", "3"), "seed=3 is for stochastic rounding"),
+        (("--format", "bf16", "--element-round", "sr"), "--element-round is for 4-bit formats"),
+        (("--format", "nvfp4", "--scale-rule", "even"), "--scale-rule is for mxfp4"),
+    ):
+        capsys.readouterr()
+        assert export("bad", *options) == 2 and message in capsys.readouterr().err

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from gptoss_jax.checkpoint import export_hf, open_checkpoint
+from gptoss_jax.checkpoint import export_hf, open_checkpoint, verify_dir
 from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.data import Pipeline, Source, load_tokenizer, rows_hash, training_and_held_out
 from gptoss_jax.data import together as together_module
@@ -114,6 +114,18 @@ def test_rows_are_those_of_a_single_process_and_each_made_half(root, said):
     # of 300 rows blocks 0, 2, 4 and the block of the other source; blocks 1, 3
     assert [one["tokenized"] for one in said] == [3 * 64 - 20 + 50, 2 * 64] and together_module.BLOCK_ROWS == 64
     assert [one["layouts"] for one in said] == [[{"messages": 300}, {"messages": 50}]] * 2
+
+
+def test_import_and_export_commands_of_two_processes(root):
+    """Every parameter is cut over both; what comes back has every value."""
+    with Processes(2, ["-m", "gptoss_jax", "import", str(root / "model"), str(root / "run")]) as run:
+        assert run.end() == 0, run.text
+    assert run.text.count("parameters, bfloat16") == 1
+    with Processes(2, ["-m", "gptoss_jax", "export", str(root / "run"), str(root / "again"), "--format", "mxfp4"]) as run:
+        assert run.end() == 0, run.text
+    assert run.text.count("mxfp4, verified") == 1
+    report = verify_dir(root / "again", against=root / "model")
+    assert report.ok, report
 
 
 def test_bad_rows_and_unequal_files_are_refused_by_all(said):

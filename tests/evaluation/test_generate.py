@@ -132,7 +132,9 @@ def test_new_weights_and_new_lengths_of_a_size_compile_nothing(tiny_config, para
 def test_sharded_parameters_write_the_same_tokens(tiny_config, params, prompts, written):
     shardings = param_shardings(tiny_config, make_mesh(fsdp=2, expert=2, tensor=2))
     sharded = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}
-    equal(Generator(tiny_config, sharded, jnp.float32).generate(prompts, NEW), written)
+    generator = Generator(tiny_config, sharded, jnp.float32)
+    assert generator.stacked is not None and Generator(tiny_config, params, jnp.float32).stacked is None
+    equal(generator.generate(prompts, NEW), written)
 
 
 def test_no_prompts_give_no_answers(generator):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.formats import minifloat, nvfp4
+from gptoss_jax.formats import minifloat, nvfp4, nvfp4_scales
 from tests.formats.inputs import BF16, bf16_beside_maxima, f32_at_thresholds, random_bits
 from tests.oracles import fp4
 
@@ -122,7 +122,7 @@ def test_integer_quotients_are_the_ieee_quotients():
     with np.errstate(all="ignore"):
         expected = a / b
     normal = np.isfinite(expected) & (expected >= 2.0**-126)
-    got = np.asarray(jax.jit(nvfp4._quotient_bits)(a.view(np.int32), b.view(np.int32)))
+    got = np.asarray(jax.jit(nvfp4_scales.quotient_bits)(a.view(np.int32), b.view(np.int32)))
     np.testing.assert_array_equal(got[normal].view(np.float32), expected[normal])
     assert normal.mean() > 0.6 and (got[(expected < 2.0**-126) & (a > 0)] <= 0x800000).all()
 

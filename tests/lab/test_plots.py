@@ -121,8 +121,10 @@ def test_plots_of_probes_show_their_rows(tmp_path):
     from gptoss_jax.lab.probe_plots import of_probes
 
     place = {"layer": None, "projection": None, "expert": None}
-    steps = [{"estimator": e, "forward": f, "step": s, "ratio": r, **place} for e, f, s, r in (
-        ("ste", "quantized", 0.01, 0.4), ("ste", "quantized", 0.002, 0.9), ("gradient at w", "full", 0.002, 1.0))]  # fmt: skip
+    steps = [{"estimator": e, "forward": f, "direction": d, "step": s, "ratio": r, **place, "layer": layer} for e, f, d, s, r, layer in (
+        ("ste", "quantized", "gradient", 0.01, 0.4, None), ("ste", "quantized", "gradient", 0.002, 0.9, None),
+        ("ste", "quantized", "sign", 0.002, 0.7, None), ("ste", "quantized", "gradient", 0.002, 0.5, 1),
+        ("gradient at w", "full", "gradient", 0.002, 1.0, None))]  # fmt: skip
     gradients = [{"estimator": e, "reference": r, "bias2": b, "variance_batches": 0.5, "variance_seeds": v, **place}
                  for e, r, b, v in (("ste", "full", 0.7, None), ("ste", "quantized", 0.0, None), ("dge", "full", 0.9, 0.25))]  # fmt: skip
     weights = [
@@ -135,8 +137,8 @@ def test_plots_of_probes_show_their_rows(tmp_path):
             write_rows(rows, tmp_path / name / probe)
     made = of_probes([tmp_path / "sft"], tmp_path / "plots")
     assert [file.name for _, file in made] == ["descent.png", "bias_variance.png", "cells.png", "sqnr.png"]
-    curve = [(row["step"], row["ratio"]) for row in rows_of(tmp_path / "plots" / "descent.csv") if row["curve"] == "ste"]
-    assert curve == [("0.002", "0.9"), ("0.01", "0.4")]
+    curve = [(row["direction"], row["step"], row["ratio"]) for row in rows_of(tmp_path / "plots" / "descent.csv") if row["curve"] == "ste"]
+    assert curve == [("gradient", "0.002", "0.9"), ("gradient", "0.01", "0.4"), ("sign", "0.002", "0.7")], "one layer alone is not drawn"
     scatter = {(row["reference"], row["estimator"]): (row["bias2"], row["variance"]) for row in rows_of(tmp_path / "plots" / "bias_variance.csv")}
     assert scatter["full", "dge"] == ("0.9", "0.75") and scatter["quantized", "ste"] == ("0.0", "0.5")
     folded = [float(row["density"]) for row in rows_of(tmp_path / "plots" / "cells.csv") if row["weights"] == "gate_up_proj"]

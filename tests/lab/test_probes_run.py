@@ -55,9 +55,11 @@ def test_without_conversations_weights_alone_are_looked_at(capsys):
     [
         (["--format", "mxfp5"], "unknown format 'mxfp5'"),
         (["--format", "mxfp4:scale_rul=even"], "scale_rul"),
+        (["--estimators", "ste,ste", "--probes", "gradients"], "two estimators"),
         (["--estimators", "dgee"], "unknown estimator 'dgee'"),
         (["--estimators", "dge:q=2"], "no hyperparameter 'q'"),
         (["--probes", "weight"], "unknown probe 'weight'"),
+        (["--directions", "adam"], "unknown direction 'adam'"),
         (["--draws", "1"], "draws = 1"),
         (["--only", "*.up_proj", "--probes", "gradients"], "no expert projection has a name like"),
         (["--data", "no/such.jsonl", "--probes", "gradients"], "no/such.jsonl"),

@@ -14,7 +14,7 @@ from gptoss_jax.model import GptOssConfig, abstract_params, compute_logits, forw
 from gptoss_jax.model.cache import init_cache
 from gptoss_jax.model.inference import decode_step, prefill, prepare_params
 from gptoss_jax.quant import default_policy, make_expert_quant
-from gptoss_jax.sharding import make_mesh, param_shardings
+from gptoss_jax.sharding import make_mesh, param_shardings, stacked_experts
 from tests.support.params import lively_params
 
 S, F = "sliding_attention", "full_attention"
@@ -33,13 +33,13 @@ def whole(config, params, tokens, dtype, expert_quant=None):
     return np.asarray(jax.jit(run)(params))
 
 
-def step_by_step(config, ready, tokens, prompts, dtype, padding: int = 4) -> np.ndarray:
+def step_by_step(config, ready, tokens, prompts, dtype, padding: int = 4, stacked=None) -> np.ndarray:
     """Logits [B, T, V] with a cache; NaN at the inner tokens of the prompts and where a longer row ended first."""
     rows, lengths = np.arange(len(prompts)), np.array(prompts)
     prompt = np.where(np.arange(lengths.max() + padding) < lengths[:, None], tokens[:, : lengths.max() + padding], 3)
     cache = init_cache(config, len(prompts), TOKENS + 2, dtype)
-    logits, cache = jax.jit(partial(prefill, config, dtype=dtype))(ready, prompt, lengths, cache)
-    step = jax.jit(partial(decode_step, config, dtype=dtype), donate_argnums=2)
+    logits, cache = jax.jit(partial(prefill, config, dtype=dtype, stacked=stacked))(ready, prompt, lengths, cache)
+    step = jax.jit(partial(decode_step, config, dtype=dtype, stacked=stacked), donate_argnums=2)
     out = np.full((len(prompts), tokens.shape[1], config.vocab_size), np.nan, np.float32)
     while True:
         out[rows, lengths - 1] = logits
@@ -156,10 +156,40 @@ def test_steps_lower_for_cuda(backend, tiny_config):
         assert ("grouped_matmul" in text) == (backend == "triton")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2, "data": 2}, {"expert": 4, "tensor": 2}], ids=str)
+SLOW_MESHES = {"fsdp": 2, "tensor": 2, "data": 2}, {"expert": 4, "tensor": 2}
+ON_MESHES = [{"expert": 4}, *(pytest.param(axes, marks=pytest.mark.slow) for axes in SLOW_MESHES)]
+
+
+@pytest.mark.parametrize("axes", ON_MESHES, ids=str)
 def test_sharded_parameters_give_the_logits_of_one_device(axes, tiny_config):
     params, tokens = lively_params(tiny_config), random_tokens(tiny_config, len(PROMPTS))
     shardings = param_shardings(tiny_config, make_mesh(**axes))
     sharded = prepare_params({name: jax.device_put(value, shardings[name]) for name, value in params.items()}, jnp.float32)
-    assert_close(step_by_step(tiny_config, sharded, tokens, PROMPTS, jnp.float32), whole(tiny_config, params, tokens, jnp.float32))
+    got = step_by_step(tiny_config, sharded, tokens, PROMPTS, jnp.float32, stacked=stacked_experts(sharded))
+    assert_close(got, whole(tiny_config, params, tokens, jnp.float32))
+
+
+@pytest.mark.parametrize("fmt", [None, Mxfp4()], ids=["cast", "mxfp4"])
+def test_ready_weights_lie_where_the_stored_ones_do(fmt, tiny_config):
+    """Else generation would not find the experts of a device, and hold those of all."""
+    config = dataclasses.replace(tiny_config, num_hidden_layers=2, layer_types=())
+    shardings = param_shardings(config, make_mesh(expert=2, fsdp=2))
+    params = jax.device_put(lively_params(config), shardings)
+    ready = prepare_params(params, jnp.bfloat16, make_expert_quant(default_policy(fmt), jnp.bfloat16) if fmt else None)
+    for name in params:
+        if name.endswith(("gate_up_proj", "down_proj")):
+            assert ready[name].sharding.is_equivalent_to(shardings[name], 4) and ready[name].dtype == jnp.uint16
+    assert stacked_experts(ready) is stacked_experts(params) is not None
+
+
+def test_on_a_mesh_experts_stay_where_they_are(tiny_config):
+    config = dataclasses.replace(tiny_config, num_hidden_layers=2, layer_types=())
+    shardings = param_shardings(config, make_mesh(expert=4))
+    params = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in abstract_params(config).items()}
+    for rows in (1, 3):
+        cache = jax.eval_shape(lambda rows=rows: init_cache(config, rows, 32, jnp.float32))
+        step = jax.jit(partial(decode_step, config, dtype=jnp.float32, stacked=stacked_experts(params)))
+        text = step.lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile().as_text()
+        # a device has 2 of 8 experts, in a stack of one layer of each kind; nothing larger of their shape exists
+        held = {tuple(map(int, dims.split(","))) for dims in re.findall(r"= f32\[((?:\d+,)*(?:128,96|96,64))\]", text)}
+        assert held and max(np.prod(shape[:-2]) for shape in held) == 2, held

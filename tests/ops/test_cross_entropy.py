@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import gptoss_jax.ops.cross_entropy as op
+from gptoss_jax.ops.cross_entropy import blocks
 from gptoss_jax.ops.cross_entropy.reference import cross_entropy_sum_reference
 
 
 @pytest.mark.parametrize("block_logits", [1 << 26, 37 * 5, 37])
 def test_value_and_gradients_do_not_depend_on_the_blocks(monkeypatch, block_logits):
-    monkeypatch.setattr(op, "MAX_BLOCK_LOGITS", block_logits)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_LOGITS", block_logits)
     hidden, w = jax.random.normal(jax.random.key(0), (3, 7, 12)), jax.random.normal(jax.random.key(1), (37, 12))
     targets = jax.random.randint(jax.random.key(2), (3, 7), 0, 37)
     weights = jax.random.uniform(jax.random.key(3), (3, 7)).at[0, 2:].set(0)
@@ -23,7 +24,7 @@ def test_value_and_gradients_do_not_depend_on_the_blocks(monkeypatch, block_logi
 
 
 def test_peak_memory_does_not_hold_all_logits(monkeypatch):
-    monkeypatch.setattr(op, "MAX_BLOCK_LOGITS", 1 << 16)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_LOGITS", 1 << 16)
     arguments = ((4, 512, 8), jnp.float32), ((1024, 8), jnp.float32), ((4, 512), jnp.int32), ((4, 512), jnp.float32)
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
     compiled = jax.jit(jax.grad(lambda h, w, t, u: op.cross_entropy_sum(h, w, t, u, jnp.float32), argnums=(0, 1))).lower(*shapes).compile()
@@ -31,7 +32,7 @@ def test_peak_memory_does_not_hold_all_logits(monkeypatch):
 
 
 def test_token_losses_add_up_and_name_the_most_probable_token(monkeypatch):
-    monkeypatch.setattr(op, "MAX_BLOCK_LOGITS", 37 * 5)
+    monkeypatch.setattr(blocks, "MAX_BLOCK_LOGITS", 37 * 5)
     hidden, w = jax.random.normal(jax.random.key(0), (3, 7, 12)), jax.random.normal(jax.random.key(1), (37, 12))
     targets = jax.random.randint(jax.random.key(2), (3, 7), 0, 37)
     losses, best = op.token_losses(hidden, w, targets, jnp.float32)

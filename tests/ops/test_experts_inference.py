@@ -13,6 +13,7 @@ from gptoss_jax.ops.experts import expert_mlp, inference
 from gptoss_jax.ops.experts.inference import expert_mlp_inference, group_few_rows
 from gptoss_jax.ops.grouped_matmul import group_rows, mxfp4_triton, triton
 from gptoss_jax.ops.grouped_matmul.tiles import Tile
+from gptoss_jax.ops.swiglu import clamped_swiglu
 
 L, E, A, D, F = 3, 8, 3, 96, 64
 LIMIT = 7.0
@@ -39,6 +40,21 @@ def test_equals_the_experts_of_training(rows):
         want = training([p[layer * E : (layer + 1) * E] for p in params])
         got = without(layer * E)
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 100])
+def test_parts_of_the_experts_add_up(rows):
+    """As on devices that hold 3 and 5 of 8 experts, told apart by the number past their own."""
+    x, experts, weights, params = operands(rows)
+    run = lambda part, chosen, count, elsewhere: expert_mlp_inference(
+        x, chosen, weights, *part, first=0, num_experts=count, limit=LIMIT, backend="xla", elsewhere=elsewhere
+    )
+    one = [p[:E] for p in params]
+    parts = [([p[start:end] for p in one], np.where((experts >= start) & (experts < end), experts - start, end - start), end - start)
+             for start, end in ((0, 3), (3, 8))]  # fmt: skip
+    want = run(one, experts, E, False)
+    got = sum(run(part, jnp.asarray(chosen, jnp.int32), count, True) for part, chosen, count in parts)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 @pytest.mark.parametrize("rows", [1, 9, 100])
@@ -69,7 +85,7 @@ def test_kernels_find_the_layer_in_the_stack(packed):
     forward = partial((mxfp4_triton if packed else triton).forward, tile=TINY, interpret=True)
     up, down = codes if packed else values
     groups = group_few_rows(experts, E, 16)
-    got = inference.composed(x, weights, (up, bias_up, down, bias_down), groups, 2 * E, LIMIT, forward)
+    got = inference.composed(x, weights, (up, bias_up, down, bias_down), groups, 2 * E, partial(clamped_swiglu, limit=LIMIT), forward)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 

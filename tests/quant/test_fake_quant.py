@@ -104,6 +104,23 @@ def test_value_and_gradient_of_nvidias_fake_quantizer(case, job, fmt):
         np.testing.assert_array_equal(w, vectors[f"{case}/{job}/y"])
 
 
+def test_a_stochastic_format_draws_by_its_key_and_the_gradient_knows_what_it_drew():
+    """ewgs needs the distance to the grid point that was drawn, not to the nearest."""
+    fmt, x, upstream = Mxfp4(element_round="sr"), weights((4, 64)), weights((4, 64), seed=45)
+    (w, first), (again, _), (_, other) = (
+        jax.vjp(lambda x, key=key: fake_quant(x, fmt, "ewgs", key=jax.random.key(key)), x) for key in (1, 1, 2)
+    )  # fmt: skip
+    assert raw(w) == raw(again) == raw(fmt.decode(fmt.encode(x, jax.random.key(1)), jnp.float32)) != raw(fake_quant(x, "mxfp4"))
+    scale = np.repeat(np.asarray(fmt.parts(fmt.encode(x, jax.random.key(1))).scale[..., 0]), 32, axis=-1)
+    (grad,), (different,) = first(upstream), other(upstream)
+    np.testing.assert_allclose(grad, upstream * (1 + 0.2 * np.sign(upstream) * (x - w) / scale), rtol=1e-5)
+    assert (np.asarray(grad) != different).any()
+    with pytest.raises(TypeError, match="needs a key"):
+        fake_quant(x, fmt)
+    with pytest.raises(TypeError, match="needs no key"):
+        fake_quant(x, "mxfp4", key=jax.random.key(1))
+
+
 # ---- in a foreign model -----------------------------------------------------------------------------------------------------
 
 

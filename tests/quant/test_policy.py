@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.formats import Mxfp4, Nvfp4, mxfp4, nvfp4
+from gptoss_jax.formats import Mxfp4, Mxfp8, Nvfp4, mxfp4, nvfp4
 from gptoss_jax.quant import QuantPolicy, default_policy, fake_quant_with_codes, make_expert_quant
 
 
@@ -108,3 +108,12 @@ def test_expert_quant_leaves_a_projection_without_rule_as_it_is():
 def test_expert_quant_refuses_what_it_cannot_carry_out(pattern):
     with pytest.raises(ValueError, match="does not cover an expert projection in every layer"):
         make_expert_quant(QuantPolicy((("*.down_proj", "mxfp4"), (pattern, "mxfp4"))), jnp.float32)
+
+
+UNTRAINABLE = [(Mxfp4(element_round="sr", seed=1), "other weights every time"), (Mxfp4(block=64), "blocks of 32"), (Mxfp8(), "MXFP8")]
+
+
+@pytest.mark.parametrize(("fmt", "reason"), UNTRAINABLE, ids=str)
+def test_training_refuses_what_an_export_would_not_hold(fmt, reason):
+    with pytest.raises(ValueError, match=f"QAT trains the weights that an export holds, but .*{reason}"):
+        make_expert_quant(default_policy(fmt), jnp.bfloat16)

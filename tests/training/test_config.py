@@ -3,6 +3,7 @@
 import pytest
 
 from gptoss_jax.errors import UsageError
+from gptoss_jax.quant import get_estimator
 from gptoss_jax.training.config import TrainConfig, parse
 from gptoss_jax.training.yaml_config import dump_config, load_config
 
@@ -34,6 +35,22 @@ def test_dump_reads_back_equal(write):
     path = write("steps: 7\nquant: {format: nvfp4, rules: ['*.mlp.experts.*_proj']}\nfreeze: ['*.router.*']\noptimizer: {learning_rate: 3e-6}\n")
     config = load_config(path)
     assert load_config(write(dump_config(config), "resolved.yaml")) == config
+
+
+def test_estimators_are_named_or_written_out_and_read_back_equal(write):
+    short = load_config(None, ["quant={format: mxfp4, estimator: dge}"])
+    assert short.quant.estimator == get_estimator("dge") and hash(short)
+    assert load_config(None, ["quant={format: mxfp4, estimator: {name: dge, k: 5}}"]) == short
+    assert load_config(write(dump_config(short))) == short and "k: 5" in dump_config(short)  # what is stored does not depend on defaults
+    plain = load_config(None, ["quant={format: nvfp4}"])
+    assert plain.quant.estimator == get_estimator("ste") and "estimator: ste" in dump_config(plain)
+    for text, message in (
+        ("dgee", "quant.estimator = 'dgee': unknown estimator 'dgee'; nearest is 'dge'"),
+        ("{name: dge, kk: 5}", "has no hyperparameter 'kk'; it has k, c"),
+        ("{name: trust, T: -1}", "T must lie in [0, 1000], not -1"),
+        ("3", "give a name, or {name: ..., hyperparameter: ...}"),
+    ):
+        assert message in refusal(None, f"quant={{format: mxfp4, estimator: {text}}}")
 
 
 def test_scientific_notation_is_a_number(write):

@@ -204,6 +204,6 @@ def test_qat_checkpoint_carries_the_hashes_of_the_codes_of_its_masters(tmp_path)
     params = orbax_store.restore_params(tmp_path / "out" / "checkpoints", 7)
     codes = {name: Mxfp4().encode(p) for name, p in params.items() if name.endswith(("gate_up_proj", "down_proj"))}
     assert meta.code_hashes == code_hashes(CONFIG, codes) and len(meta.code_hashes) == 4
-    assert bits(params) == bits(trainer.state.params) and meta.quant == policy.to_dict()
+    assert bits(params) == bits(trainer.state.params) and meta.quant == policy.to_dict() and meta.quant["estimator"] == {"name": "ste"}
     rounded = {name: Mxfp4().encode(params[name].astype("bfloat16")) for name in codes}
     assert all(meta.code_hashes[key] != value for key, value in code_hashes(CONFIG, rounded).items())

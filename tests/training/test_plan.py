@@ -24,6 +24,7 @@ from gptoss_jax.training.plan import (
     architecture,
     device_bytes,
     evaluate,
+    expert_rows,
     find_device,
     memory,
     parameters,
@@ -121,6 +122,27 @@ def test_codes_travel_at_a_quarter_of_the_bytes_and_over_their_axes_only():
     assert sft["experts' weights"].num_bytes == 3 * 16 * 3 * 2880**2 * 2 // 4 * 24 * 2 and sft["experts' weights"].axes == ("fsdp",)
     assert {sft[what].axes for what in ("rows to experts", "rows from experts")} == {("expert",)}
     assert not traffic(layout_of("batch.rows=4"), H200)
+
+
+def test_ragged_rows_send_what_even_routing_needs():
+    """32 experts, 4 of a token, over 8 devices: a row is needed on a given one with probability 1 - C(28, 4)/C(32, 4) = 0.43."""
+    layouts = [layout_of("mesh={expert: 8}", f"expert_transport={transport}") for transport in ("gather", "ragged", "auto")]
+    gather, ragged, auto = ({what: c for what, c in collectives(layout).items() if what.startswith("rows")} for layout in layouts)
+    for what in ("rows to experts", "rows from experts"):
+        assert ragged[what].num_bytes / gather[what].num_bytes == pytest.approx(1 - 20475 / 35960, rel=1e-6)
+        assert (gather[what].kind != "ragged all-to-all") and ragged[what].kind == "ragged all-to-all"
+    assert ragged == auto, "on GPUs"
+    assert expert_rows(layouts[0])["gather"] * 24 * 3 == gather["rows to experts"].num_bytes, "24 layers, forward twice and backward"
+
+
+def test_the_table_of_the_embedding_stays():
+    """Of the two tables the unembedding alone travels, cut in two by tensor, where rows of gradients are summed instead."""
+    plain, tensor = (collectives(layout_of(f"mesh={mesh}")) for mesh in ("{fsdp: 8}", "{fsdp: 4, tensor: 2}"))
+    table, tokens = 201088 * 2880, 32 * 4096 // 8
+    assert plain["rows of the embedding"].num_bytes == 2 * tokens * 2880 * 2 * 7 // 8 and plain["rows of the embedding"].kind == "all-to-all"
+    assert plain["other gradients, float32"].num_bytes > 4 * table * 7 / 8 and "gradients of the last hidden states, float32" not in plain
+    assert tensor["gradients of the last hidden states, float32"].num_bytes == 4 * 2 * tokens * 2880
+    assert tensor["other gradients, float32"].num_bytes < 4 * table
 
 
 def test_links_of_a_node_and_network_cards_between_nodes():

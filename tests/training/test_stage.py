@@ -53,7 +53,7 @@ def begun(monkeypatch):
 def config(sft, tmp_path, **changes):
     raw = {
         "model": str(sft[0] / "sft"), "output": str(tmp_path / "out"), "data": {"train": str(sft[0] / "train.jsonl"), "row_length": 64},
-        "batch": {"rows": 2}, "quant": {"format": "mxfp4", "scale_rule": "floor"},
+        "batch": {"rows": 2}, "quant": {"format": "mxfp4", "scale_rule": "floor", "estimator": "ewgs"},
     }  # fmt: skip
     return parse({**raw, **changes})
 
@@ -63,7 +63,7 @@ def test_qat_begins_with_the_sft_parameters_and_a_fresh_optimizer(sft, tmp_path,
     (trainer,) = begun
     assert bits(state.params) == bits(sft[1]) and state.step == 0
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
-    assert {fmt for _, fmt in trainer.policy.rules} == {Mxfp4(scale_rule="floor")}
+    assert {fmt for _, fmt in trainer.policy.rules} == {Mxfp4(scale_rule="floor")} and trainer.policy.estimator.name == "ewgs"
     assert trainer.source == {"run": "sft", "step": 12, "base": {"path": "base"}}
     assert {p.name for p in trainer.assets} >= {"tokenizer.json", "chat_template.jinja"}
     # one epoch of packed rows

@@ -196,3 +196,22 @@ def test_evaluation_of_a_quantized_run_sees_the_quantized_weights():
     plain = make_eval_step(CONFIG, train)
     np.testing.assert_allclose(quantized, plain(fake, packed_batch())[0], rtol=1e-6)
     assert abs(quantized - plain(params, packed_batch())[0]) > 1e-3
+
+
+@pytest.mark.parametrize("cast_at", ["layer", "step"])
+def test_backward_weight_and_activations_reach_the_step(cast_at):
+    """The gradient of the last layer's weights does not pass through experts, that of the embedding does; rounded inputs change the loss."""
+    from gptoss_jax.formats import Mxfp8
+    from gptoss_jax.quant import QuantPolicy
+
+    train, rules = train_of(cast_at=cast_at), default_policy(Mxfp4()).rules
+    run = lambda **options: make_train_step(CONFIG, train, make_expert_quant(QuantPolicy(rules, **options), jnp.float32))(
+        init_state(CONFIG, train, make_params()), packed_batch()
+    )
+    (plain, metrics), (original, same_metrics), (_, rounded) = run(), run(backward_weight="original"), run(activations=Mxfp8())
+    np.testing.assert_allclose(same_metrics["loss"], metrics["loss"], rtol=1e-6)
+    moments, other = first_moments(plain), first_moments(original)
+    np.testing.assert_allclose(other["lm_head.weight"], moments["lm_head.weight"], atol=1e-6 * np.abs(moments["lm_head.weight"]).max())
+    difference = np.abs(other["embed_tokens.weight"] - moments["embed_tokens.weight"]).max()
+    assert difference > 1e-3 * np.abs(moments["embed_tokens.weight"]).max()
+    assert 1e-6 < abs(float(rounded["loss"] / metrics["loss"]) - 1) < 1e-2

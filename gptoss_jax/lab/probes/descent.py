@@ -1,11 +1,14 @@
 """What the rounded model's loss does when the weights move along an estimator's gradient g. L(Q(.)) is the loss of the rounded weights.
 
-`probe_descent`, two losses for every step size, d = g scaled to mean square 1:
+`probe_descent`, two losses for every direction and step size:
 
     ratio    [L(Q(w - eps d)) - L(Q(w + eps d))] / (-2 eps g.d)     realised over predicted change; 1 where the gradient tells the truth
     step     eps over the root mean square of the expert weights; `step_absolute` is eps
-    forward  "quantized" as above. The rows of estimator "gradient at w" have also "full", the loss without Q: finite differences of a smooth
-             function, so a ratio other than 1 there is curvature or rounding of the loss, not the format
+    direction  "gradient": d = g scaled to mean square 1, so that few weights move far and most hardly; "sign": d = sign(g), all move alike, as in
+               the first step of Adam with learning rate eps
+    layer    None: all expert weights move together; otherwise those of one layer
+    forward  "quantized" as above. The rows of estimator "gradient at w" have also "full", the loss without Q: plain finite differences, so a
+             ratio other than 1 there comes from curvature, or from a token that changes experts, not from the format
 
 `probe_smoothed`, against the gradient of the smoothed loss E_u[L(Q(w + s u))], u standard normal, which is a true gradient of a smooth function:
 
@@ -24,17 +27,19 @@ Draws are shared by all estimators. Estimates for single layers hold the noise o
 changes experts; the smaller the radius, the more such jumps weigh in c.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from gptoss_jax.data.packing import Batch
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.probes.gradients import Passes, named_quantizers
-from gptoss_jax.lab.probes.objective import Experts, Objective, as_quantizer, combined, dot, rounded
+from gptoss_jax.lab.probes.objective import Experts, Objective, as_quantizer, combined, dot, places, rounded
 from gptoss_jax.lab.probes.rows import Row, Scope, placed, scopes
 from gptoss_jax.lab.quantizer import Quantizer
 from gptoss_jax.model import GptOssConfig, Params
@@ -42,6 +47,7 @@ from gptoss_jax.quant import Estimator
 
 AT_W = "gradient at w"  # label of the gradient of the unquantized model
 STEPS = (0.002, 0.01, 0.05)
+DIRECTIONS = ("gradient", "sign")
 
 
 def probe_descent(
@@ -52,29 +58,55 @@ def probe_descent(
     estimators: Sequence[str | Estimator | Quantizer] = ("ste",),
     *,
     steps: Sequence[float] = STEPS,
+    directions: Sequence[str] = DIRECTIONS,
+    per_layer: bool = False,
     seed: int = 0,
     dtype: Any = "float32",
     only: str = "*",
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Realised-descent ratios of all estimators and step sizes, all expert weights moving together. Arguments as in `probe_gradients`."""
+    """Realised-descent ratios of all estimators, directions and step sizes. Other arguments as in `probe_gradients`.
+
+    Args:
+      steps: eps over the root mean square of the expert weights.
+      directions: "gradient", "sign", or both.
+      per_layer: also move every layer alone.
+
+    Raises:
+      ValueError: another direction.
+    """
+    if unknown := [name for name in directions if name not in DIRECTIONS]:
+        raise ValueError(f"unknown direction {unknown[0]!r}; known are {', '.join(DIRECTIONS)}")
     objective = Objective(config, params, dtype, only)
     experts, hard, rms = objective.experts, as_quantizer(fmt), _rms(objective.experts)
+    layers = [None, *sorted({layer for _, _, layer, _ in places(config, experts)})] if per_layer else [None]
     forwards = {"quantized": lambda weights: rounded(hard, weights), "full": lambda weights: weights}
     rows = []
     for label, grads in _directions(Passes(objective, batch), fmt, estimators, seed).items():
         report(f"descent along {label}")
-        size = _rms(grads)
-        for forward in ("full", "quantized") if label == AT_W else ("quantized",):
-            for step in steps:
-                # eps d = factor * g; a gradient of zeros goes nowhere
+        for layer, direction in itertools.product(layers, directions):
+            moved = grads if layer is None else _of_layer(config, grads, layer)
+            along = moved if direction == "gradient" else {name: jnp.sign(value) for name, value in moved.items()}
+            # eps d = factor * along; a gradient of zeros goes nowhere
+            size = _rms(along) if direction == "gradient" else 1.0
+            slope = _total(dot(grads, along))
+            for forward, step in itertools.product(("full", "quantized") if label == AT_W else ("quantized",), steps):
                 factor = step * rms / size if size else 0.0
-                loss = {sign: float(objective.loss(forwards[forward](combined(experts, grads, sign * factor)), batch)) for sign in (-1, 1)}
-                predicted = -2 * factor * _total(dot(grads, grads))
-                row = {"step": step, "step_absolute": step * rms, "predicted": predicted, "realised": loss[-1] - loss[1]}
-                row["ratio"] = row["realised"] / predicted if predicted else None
-                rows.append({"probe": "descent", "estimator": label, "forward": forward, **placed((None, None, None)), **row})
+                loss = {sign: float(objective.loss(forwards[forward](combined(experts, along, sign * factor)), batch)) for sign in (-1, 1)}
+                row = {"step": step, "step_absolute": step * rms, "predicted": -2 * factor * slope, "realised": loss[-1] - loss[1]}
+                row["ratio"] = row["realised"] / row["predicted"] if row["predicted"] else None
+                labels = {"estimator": label, "forward": forward, "direction": direction}
+                rows.append({"probe": "descent", **labels, **placed((layer, None, None)), **row})
     return rows
+
+
+def _of_layer(config: GptOssConfig, grads: Experts, layer: int) -> Experts:
+    """The gradient of one layer, 0 elsewhere."""
+    found = {name: jnp.zeros_like(value) for name, value in grads.items()}
+    for name, slot, number, _ in places(config, grads):
+        if number == layer:
+            found[name] = grads[name] if slot is None else found[name].at[slot].set(grads[name][slot])
+    return found
 
 
 def probe_smoothed(
@@ -157,8 +189,4 @@ def _rms(experts: Experts) -> float:
 
 def _per_layer(config: GptOssConfig, products: Mapping[str, Any]) -> dict[Scope, float]:
     """Sums of the whole model and of each layer."""
-    return {scope: found["it"] for scope, found in _layers(scopes(config, {"it": products}))}
-
-
-def _layers(found: Iterator[tuple[Scope, dict[str, float]]]) -> Iterator[tuple[Scope, dict[str, float]]]:
-    return ((scope, sums) for scope, sums in found if scope[1] is None)
+    return {scope: found["it"] for scope, found in scopes(config, {"it": products}) if scope[1] is None}

@@ -29,6 +29,7 @@ import numpy as np
 from jax import Array
 
 from gptoss_jax.data.packing import Batch
+from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.probes.objective import (
     Experts,
@@ -79,16 +80,17 @@ def named_quantizers(fmt: Format | str | Quantizer, estimators: Sequence[str | E
     """Label -> quantizer: the format with each estimator. An entry that is a quantizer stands for itself.
 
     Raises:
-      ValueError: unknown name; two with one label; estimators, but no format.
+      ValueError: unknown name.
+      UsageError: two with one label; estimators, but no format.
     """
     found = {}
     for entry in estimators:
         own = isinstance(entry, Quantizer)
         if not own and isinstance(fmt, Quantizer):
-            raise ValueError(f"{entry} is an estimator of a format, but a quantizer is given: give quantizers, with their gradients")
+            raise UsageError(f"{entry} is an estimator of a format, but a quantizer is given: give quantizers, with their gradients")
         quantizer = entry if own else as_quantizer(fmt, entry)
         if label_of(quantizer) in found:
-            raise ValueError(f"two estimators are called {label_of(quantizer)!r}")
+            raise UsageError(f"two estimators are called {label_of(quantizer)!r}")
         found[label_of(quantizer)] = quantizer
     return found
 

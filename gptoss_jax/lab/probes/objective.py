@@ -67,21 +67,22 @@ class Objective:
     """The training loss of a model on one batch, in nats per trained token, as a function of its expert weights.
 
     Args:
-      params: as stored, float32 or bfloat16.
+      params: as stored, float32 or bfloat16. Expert weights are looked at in float32, so that small steps along a direction are made.
       dtype: compute dtype. float32 (products in full precision on a GPU too) shows what a format does; bfloat16 adds noise of its own.
       only: pattern of the expert projections that are looked at. The rest keep the values of `params`.
     """
 
     def __init__(self, config: GptOssConfig, params: Params, dtype: Any = "float32", only: str = "*"):
         self.config, self.dtype = config, str(jnp.dtype(dtype))
-        self.experts, self.others = split_experts(params, only)
+        experts, self.others = split_experts(params, only)
+        self.experts = {name: value.astype(jnp.float32) for name, value in experts.items()}
         self._loss, self._gradient = _programs(config, self.dtype)
 
     def loss(self, experts: Experts, batch: Batch) -> Float[Array, ""]:
         return self._loss(experts, self.others, batch)
 
     def gradient(self, experts: Experts, batch: Batch) -> tuple[Float[Array, ""], Experts]:
-        """(loss, its gradient at these expert weights, in their dtype)."""
+        """(loss, its gradient at these expert weights)."""
         return self._gradient(experts, self.others, batch)
 
 
@@ -136,10 +137,14 @@ def combined(a: Experts, b: Experts, factor: Array | float) -> Experts:
     return {name: add(a[name], b[name]) for name in a}
 
 
+def same(a: Experts, b: Experts) -> bool:
+    """Whether two sets of weights are of one kind and equal."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and bool(_equal(a, b))
+
+
 @jax.jit
-def same(a: Experts, b: Experts) -> Array:
-    """Whether two sets of weights are equal."""
-    return jnp.all(jnp.stack([jnp.array_equal(a[name], b[name]) for name in a]))
+def _equal(a: Experts, b: Experts) -> Array:
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(jnp.array_equal, a, b))))
 
 
 def places(config: GptOssConfig, experts: Mapping[str, Any]) -> Iterator[tuple[str, int | None, int, str]]:

@@ -78,11 +78,10 @@ def _run(config: GptOssConfig, kind: str, expert_quant: ExpertQuant, params: Par
     block, context = layer_module(config, kind, params), layer_context(config, batch, expert_quant)
     # the compiler makes one of the two attentions, this one and that of the layer
     between_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD), context)
-    router_input_SD = block.post_attention_layernorm(between_BTD).reshape(-1, config.hidden_size)
-    experts_SA, weights_SA, _ = block.mlp.router(router_input_SD, context.real_BT.reshape(-1))
+    experts_BTA, weights_BTA, _ = block.mlp.router(block.post_attention_layernorm(between_BTD), context.real_BT)
     # weights are softmax values, above 0, so that a chosen expert shows
-    mixture_SE = jnp.einsum("sa,sae->se", weights_SA, jax.nn.one_hot(experts_SA, config.num_local_experts))
-    return block(x_BTD, context)[0], mixture_SE
+    mixture_BTE = jnp.einsum("bta,btae->bte", weights_BTA, jax.nn.one_hot(experts_BTA, config.num_local_experts))
+    return block(x_BTD, context)[0], mixture_BTE.reshape(-1, config.num_local_experts)
 
 
 @jax.jit

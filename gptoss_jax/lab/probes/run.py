@@ -19,14 +19,15 @@ from gptoss_jax.data.pipeline import Selected
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.lab.probes.deployed import export_gap
-from gptoss_jax.lab.probes.descent import STEPS, probe_descent, probe_smoothed
+from gptoss_jax.lab.probes.descent import DIRECTIONS, STEPS, probe_descent, probe_smoothed
 from gptoss_jax.lab.probes.gradients import named_quantizers, probe_gradients
 from gptoss_jax.lab.probes.routing import probe_routing
 from gptoss_jax.lab.probes.rows import Row, write_rows
 from gptoss_jax.lab.probes.weights import probe_weights
-from gptoss_jax.quant import Estimator
+from gptoss_jax.model import abstract_params
+from gptoss_jax.quant import Estimator, default_policy
 from gptoss_jax.training.config import DataConfig
-from gptoss_jax.training.stage import data_pipeline
+from gptoss_jax.training.stage import data_pipeline, look_at
 
 PROBES = ("weights", "gradients", "descent", "smoothed", "routing", "export")
 Found = dict[str, list[Row]]
@@ -39,7 +40,8 @@ class ProbeSettings:
     Attributes:
       batches, rows, row_length: of the gradients; the other probes look at the first batch.
       seeds: roundings of each batch by a stochastic format.
-      steps, radius, draws: of descent and of the smoothed loss.
+      steps, directions, per_layer: of descent.
+      radius, draws: of the smoothed loss.
       max_experts: of each matrix, for the statistics of weights; None is all.
       only: pattern of the expert projections that gradients are taken of.
     """
@@ -50,6 +52,8 @@ class ProbeSettings:
     row_length: int = 128
     seeds: int = 1
     steps: tuple[float, ...] = STEPS
+    directions: tuple[str, ...] = DIRECTIONS
+    per_layer: bool = False
     radius: float = 0.1
     draws: int = 32
     max_experts: int | None = None
@@ -58,8 +62,9 @@ class ProbeSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if unknown := [name for name in self.probes if name not in PROBES]:
-            raise UsageError(f"unknown probe {unknown[0]!r}; known are {', '.join(PROBES)}")
+        for what, names, known in (("probe", self.probes, PROBES), ("direction", self.directions, DIRECTIONS)):
+            if unknown := [name for name in names if name not in known]:
+                raise UsageError(f"unknown {what} {unknown[0]!r}; known are {', '.join(known)}")
         for name, least in (("batches", 1), ("rows", 1), ("row_length", 2), ("seeds", 1), ("draws", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} = {getattr(self, name)} must be at least {least}")
@@ -89,13 +94,20 @@ def run_probes(
     settings: ProbeSettings = ProbeSettings(),
     report: Callable[[str], None] = lambda text: None,
 ) -> Found:
-    """Rows by probe. Without data, only the statistics of the weights."""
+    """Rows by probe. Without data only the statistics of the weights; formats that cannot be exported have no rows of "export".
+
+    Raises:
+      UsageError, CorruptError: model, data or format that cannot be used, or not together.
+    """
     found: Found = {}
-    stochastic = getattr(fmt, "stochastic", False)
-    key = jax.random.key(settings.seed) if stochastic else None
+    config = look_at(str(model))[0]
+    try:
+        default_policy(fmt).match(abstract_params(config))
+    except ValueError as error:
+        raise UsageError(f"{model}: {error}") from None
     if "weights" in settings.probes:
         report("reading weights")
-        found["weights"] = probe_weights(model, fmt, max_experts=settings.max_experts, key=key, report=report)
+        found["weights"] = probe_weights(model, fmt, max_experts=settings.max_experts, seed=settings.seed, report=report)
     if data is None or not set(settings.probes) - {"weights"}:
         return found
     report("loading the model")
@@ -104,16 +116,17 @@ def run_probes(
     at = (loaded.config, loaded.params)
     options = dict(seed=settings.seed, dtype=settings.dtype, only=settings.only, report=report)
     if "gradients" in settings.probes:
-        found["gradients"] = probe_gradients(*at, batches, fmt, estimators, seeds=settings.seeds if stochastic else 1, **options)
+        found["gradients"] = probe_gradients(*at, batches, fmt, estimators, seeds=settings.seeds if fmt.stochastic else 1, **options)
     if "descent" in settings.probes:
-        found["descent"] = probe_descent(*at, batches[0], fmt, estimators, steps=settings.steps, **options)
+        moving = dict(steps=settings.steps, directions=settings.directions, per_layer=settings.per_layer)
+        found["descent"] = probe_descent(*at, batches[0], fmt, estimators, **moving, **options)
     if "smoothed" in settings.probes:
         smoothing = dict(radius=settings.radius, draws=settings.draws)
         found["smoothed"] = probe_smoothed(*at, batches[0], fmt, estimators, **smoothing, **options)
     if "routing" in settings.probes:
         report("routing")
         found["routing"] = probe_routing(*at, batches[0], fmt, dtype=settings.dtype)
-    if "export" in settings.probes and not stochastic:
+    if "export" in settings.probes and fmt.export_problem is None:
         report("exporting")
         found["export"] = [export_gap(*at, batches[0], fmt, dtype=settings.dtype)]
     return found

@@ -58,22 +58,23 @@ def _layers(weights: Sequence[Row], routing: Sequence[Row]) -> Table:
 
 
 def _estimators(found: Mapping[str, Sequence[Row]]) -> Table:
+    """A line for every estimator; `ρ 0.01` is the realised descent along the gradient, `ρ ±0.01` along its signs."""
     whole = {name: [row for row in rows if row["layer"] is None] for name, rows in found.items()}
     names = [name for name in dict.fromkeys(row["estimator"] for rows in whole.values() for row in rows if "estimator" in row) if name != AT_W]
     # (label in the table, estimator, forward pass of the descent)
     lines = [(AT_W + ", no rounding", AT_W, "full"), (AT_W, AT_W, "quantized")] if "descent" in found or "smoothed" in found else []
     lines += [(name, name, "quantized") for name in names]
-    steps = sorted({row["step"] for row in whole.get("descent", ())})
+    moves = list(dict.fromkeys((row["direction"], row["step"]) for row in whole.get("descent", ())))
     against = [row for row in whole.get("gradients", ()) if row["reference"] == "full"]
     columns = ["estimator"] + (["cosine", "norm ratio", "bias²", "variance"] if against else [])
-    columns += [f"ρ at {step:g}" for step in steps] + (["smoothed", "± error"] if "smoothed" in found else [])
+    columns += [f"ρ {'±' * (direction == 'sign')}{step:g}" for direction, step in moves] + (["smoothed", "error"] if "smoothed" in found else [])
     table = _table(columns)
     for label, name, forward in lines:
         cells = []
         if against:
             row = _first(against, estimator=name)
             cells += [_number(row.get(key), ".3g") for key in ("cosine", "norm_ratio", "bias2", "variance_batches")]
-        along = [_first(whole["descent"], estimator=name, step=step, forward=forward) for step in steps]
+        along = [_first(whole["descent"], estimator=name, step=step, direction=direction, forward=forward) for direction, step in moves]
         cells += [_number(row.get("ratio"), ".2f") for row in along]
         if "smoothed" in found:
             row = _first(whole["smoothed"], estimator=name) if forward == "quantized" else {}

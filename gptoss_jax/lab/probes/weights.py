@@ -16,7 +16,8 @@ With x a weight, X the scale of its block, y = x/X, a = |y|, and l <= a < u the 
 
 x is compared with products of X and grid values that are exact in float32 for power-of-two scales and for NVFP4's default global scale. Rows of
 layers and of the whole model add up those of the experts looked at. Weights are read, rounded and counted one expert at a time; of a training
-checkpoint one parameter, a projection of several layers, is in memory.
+checkpoint one parameter, a projection of several layers, is in memory. On a CPU that takes 29 ns of processor time per weight (measured on
+[1440, 2880] in MXFP4), most of it for the histograms: nine minutes for the 19.1e9 expert weights of gpt-oss-20b, one with `max_experts=4` of 32.
 
     E experts  C blocks of a row  Q block size  M magnitudes
 """
@@ -48,7 +49,7 @@ def probe_weights(
     fmt: Format | str,
     *,
     max_experts: int | None = None,
-    key: Array | None = None,
+    seed: int = 0,
     report: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Rows for the whole model, every layer, and every expert of every projection. Columns: see the head of this file.
@@ -56,7 +57,7 @@ def probe_weights(
     Args:
       checkpoint: HF directory, OpenAI's original layout, hub id, training checkpoint, or "nano".
       max_experts: of each matrix at most so many, spread evenly; None is all.
-      key: of a format that rounds at random.
+      seed: of a format that rounds at random.
 
     Raises:
       UsageError, CorruptError: nothing readable there, or damaged.
@@ -64,7 +65,7 @@ def probe_weights(
     fmt, found = get_format(fmt), {}
     for number, (layer, projection, expert, read) in enumerate(expert_slices(checkpoint, max_experts)[1]):
         report(f"layer {layer} {projection} expert {expert}")
-        found[layer, projection, expert] = _sums(read(), fmt, None if key is None else jax.random.fold_in(key, number))
+        found[layer, projection, expert] = _sums(read(), fmt, _key(fmt, seed, number))
     rows = [_row((None, None, None), fmt, list(found.values()))]
     for layer in sorted({scope[0] for scope in found}):
         rows.append(_row((layer, None, None), fmt, [sums for scope, sums in found.items() if scope[0] == layer]))
@@ -72,9 +73,14 @@ def probe_weights(
     return rows
 
 
-def probe_array(x: Array, fmt: Format | str, key: Array | None = None) -> Row:
+def probe_array(x: Array, fmt: Format | str, seed: int = 0) -> Row:
     """The same measures of any float32 or bfloat16 array [..., n], blocks along the last dim."""
-    return _row((None, None, None), get_format(fmt), [_sums(x, get_format(fmt), key)])
+    fmt = get_format(fmt)
+    return _row((None, None, None), fmt, [_sums(x, fmt, _key(fmt, seed, 0))])
+
+
+def _key(fmt: Format, seed: int, number: int) -> Array | None:
+    return jax.random.fold_in(jax.random.key(seed), number) if fmt.stochastic else None
 
 
 Sums = dict[str, np.ndarray]

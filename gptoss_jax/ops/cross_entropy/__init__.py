@@ -1,55 +1,23 @@
-"""Cross-entropy of the unembedding, in blocks of tokens: the logits of the whole batch (201,088 wide for gpt-oss) never exist at once.
+"""Cross-entropy of the unembedding, in blocks of tokens (see `blocks`).
 
     loss = sum_s weight_s * (logsumexp(z_s) - z_s[target_s]),  z = hidden @ w.T
     dz_s = weight_s * (softmax(z_s) - onehot(target_s)),  dhidden = dz @ w,  dw = dz.T @ hidden
 
-When the loss is differentiated, the gradients are made in the same pass over the blocks as the loss, while a block's logits are at hand; the backward
-pass only scales them. That is three products of vocabulary size where recomputing the logits in the backward pass takes four, and what is kept
-from forward to backward are the gradients themselves.
-
 Legend: B batch  T tokens of a row  S tokens  D hidden  V vocabulary
 """
 
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.precision import wide
+from gptoss_jax.ops.cross_entropy import blocks
 from gptoss_jax.quant import Gather
 
-# float32 logits of one block of tokens stay below this many elements (64 Mi = 256 MiB; 333 tokens of gpt-oss)
-MAX_BLOCK_LOGITS = 1 << 26
 
-
-def _logits(hidden_SD, w_VD, dtype):
-    """In the dtype of sums."""
-    return jnp.einsum("sd,vd->sv", hidden_SD.astype(dtype), w_VD.astype(dtype), preferred_element_type=wide(dtype))
-
-
-def _picked(logits_SV, targets_S):
-    return jnp.take_along_axis(logits_SV, targets_S[:, None], axis=1)[:, 0]
-
-
-def _blocks(num_tokens: int, vocab: int, *arrays: Array) -> tuple[Array, ...]:
-    """[B, T, ...] arrays as [blocks, tokens of a block, ...]; the last block is padded with zeros."""
-    block = max(1, min(num_tokens, MAX_BLOCK_LOGITS // vocab))
-    num_blocks = -(-num_tokens // block)
-
-    def split(x):
-        x = x.reshape(num_tokens, *x.shape[2:])
-        return jnp.pad(x, [(0, num_blocks * block - num_tokens)] + [(0, 0)] * (x.ndim - 1)).reshape(num_blocks, block, *x.shape[1:])
-
-    return tuple(map(split, arrays))
-
-
-def _whole(w_VD, dtype, gathers):
-    return reduce(lambda x, gather: gather.whole(x), gathers, w_VD.astype(dtype))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy_sum(
     hidden_BTD: Float[Array, "B T D"],
     w_VD: Float[Array, "V D"],
@@ -57,54 +25,42 @@ def cross_entropy_sum(
     weights_BT: Float[Array, "B T"],
     dtype=jnp.bfloat16,
     gathers: tuple[Gather, ...] = (),
+    vocab: tuple[str, ...] = (),
 ) -> Float[Array, ""]:
     """Sum over tokens of `weight * -log softmax(hidden @ w.T)[target]`, float32. Differentiable in hidden and w.
 
     Inside a `jax.shard_map` w may be a shard: `gathers`, in turn, make its cast whole, and its gradient comes back as the shard of the float32 sum
-    over those devices.
+    over those devices. Over the mesh axes `vocab` it stays cut by rows, and results and the gradients of hidden are shares.
 
     Products run in `dtype` with float32 accumulation; the gradient of w is summed over blocks in float32 and returned in w's own dtype, so pass
     the master weights.
     """
-
-    w_cast_VD = _whole(w_VD, dtype, gathers)
+    w_cast_VD = blocks.whole(w_VD, dtype, gathers)
+    targets_BT = blocks.targets_here(targets_BT, w_cast_VD.shape[0], vocab)
 
     def block_sum(hidden_SD, targets_S, weights_S):
-        logits_SV = _logits(hidden_SD, w_cast_VD, dtype)
-        return jnp.sum(weights_S * (jax.nn.logsumexp(logits_SV, axis=1) - _picked(logits_SV, targets_S)))
+        logits_SV = blocks.logits(hidden_SD, w_cast_VD, dtype)
+        _, sum_S, top_S = blocks.exponentials(logits_SV, vocab)
+        return blocks.nll_share(weights_S, top_S, sum_S, blocks.picked(logits_SV, targets_S), vocab)
 
-    return jnp.sum(lax.map(lambda xs: block_sum(*xs), _blocks(targets_BT.size, w_cast_VD.shape[0], hidden_BTD, targets_BT, weights_BT)))
-
-
-def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers):
-    w_cast_VD = _whole(w_VD, dtype, gathers)
-    num_tokens, vocab = targets_BT.size, w_cast_VD.shape[0]
-
-    def body(carry, block):
-        total, dw_VD = carry
-        hidden_SD, targets_S, weights_S = block
-        logits_SV = _logits(hidden_SD, w_cast_VD, dtype)
-        top_S = jnp.max(logits_SV, axis=1)
-        exp_SV = jnp.exp(logits_SV - top_S[:, None])
-        sum_S = jnp.sum(exp_SV, axis=1)
-        total += jnp.sum(weights_S * (top_S + jnp.log(sum_S) - _picked(logits_SV, targets_S)))
-        is_target_SV = jnp.arange(vocab) == targets_S[:, None]
-        dz_SV = (exp_SV * (weights_S / sum_S)[:, None] - jnp.where(is_target_SV, weights_S[:, None], 0)).astype(dtype)
-        dhidden_SD = jnp.einsum("sv,vd->sd", dz_SV, w_cast_VD, preferred_element_type=wide(dtype))
-        dw_VD += jnp.einsum("sv,sd->vd", dz_SV, hidden_SD.astype(dtype), preferred_element_type=wide(dtype))
-        return (total, dw_VD), dhidden_SD.astype(hidden_BTD.dtype)
-
-    start = jnp.zeros((), wide(dtype)), jnp.zeros(w_cast_VD.shape, wide(dtype))
-    (total, dw_VD), dhidden = lax.scan(body, start, _blocks(num_tokens, vocab, hidden_BTD, targets_BT, weights_BT))
-    dhidden_BTD = dhidden.reshape(-1, hidden_BTD.shape[-1])[:num_tokens].reshape(hidden_BTD.shape)
-    for gather in reversed(gathers):
-        dw_VD = gather.scatter_sum(dw_VD)
-    return total, (dhidden_BTD, dw_VD.astype(w_VD.dtype))
+    parts = blocks.split(targets_BT.size, w_cast_VD.shape[0], hidden_BTD, targets_BT, weights_BT)
+    return jnp.sum(lax.map(lambda xs: block_sum(*xs), parts))
 
 
-def _backward(dtype, gathers, gradients, scale):
-    dhidden_BTD, dw_VD = gradients
-    return (dhidden_BTD * scale).astype(dhidden_BTD.dtype), (dw_VD * scale).astype(dw_VD.dtype), None, None
+def _forward(hidden_BTD, w_VD, targets_BT, weights_BT, dtype, gathers, vocab):
+    def block_loss(logits_SV, targets_S, weights_S):
+        targets_S = blocks.targets_here(targets_S, logits_SV.shape[1], vocab)
+        exp_SV, sum_S, top_S = blocks.exponentials(logits_SV, vocab)
+        loss = blocks.nll_share(weights_S, top_S, sum_S, blocks.picked(logits_SV, targets_S), vocab)
+        is_target_SV = jnp.arange(logits_SV.shape[1]) == targets_S[:, None]
+        return (loss,), exp_SV * (weights_S / sum_S)[:, None] - jnp.where(is_target_SV, weights_S[:, None], 0)
+
+    (loss,), gradients = blocks.sums_and_gradients(hidden_BTD, w_VD, (targets_BT, weights_BT), block_loss, 1, dtype, gathers)
+    return loss, gradients
+
+
+def _backward(dtype, gathers, vocab, gradients, scale):
+    return *blocks.scaled(gradients, scale), None, None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)
@@ -116,10 +72,10 @@ def token_losses(
     """Per token: cross-entropy of its target in nats (float32), and the most probable next token. For evaluation; same arithmetic as above."""
 
     def block(hidden_SD, targets_S):
-        logits_SV = _logits(hidden_SD, w_VD, dtype)
-        losses_S = jax.nn.logsumexp(logits_SV, axis=1) - _picked(logits_SV, targets_S)
+        logits_SV = blocks.logits(hidden_SD, w_VD, dtype)
+        losses_S = jax.nn.logsumexp(logits_SV, axis=1) - blocks.picked(logits_SV, targets_S)
         return losses_S, jnp.argmax(logits_SV, axis=1).astype(jnp.int32)
 
     num_tokens = targets_BT.size
-    results = lax.map(lambda xs: block(*xs), _blocks(num_tokens, w_VD.shape[0], hidden_BTD, targets_BT))
+    results = lax.map(lambda xs: block(*xs), blocks.split(num_tokens, w_VD.shape[0], hidden_BTD, targets_BT))
     return tuple(x.reshape(-1)[:num_tokens].reshape(targets_BT.shape) for x in results)

@@ -9,6 +9,10 @@ give the same numbers and the same gradients.
 Legend: S tokens  A experts per token  D hidden  E experts  F expert hidden  U=2F gate/up interleaved
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,19 +21,21 @@ from gptoss_jax.ops.experts.composed import expert_mlp_composed
 from gptoss_jax.ops.experts.fused import expert_mlp_fused
 from gptoss_jax.ops.grouped_matmul import block_rows, group_rows
 from gptoss_jax.ops.remat import product
+from gptoss_jax.quant.two_way import TwoWay, forward_weight
 
 
 def expert_mlp_counted(
     x_SD: Float[Array, "S D"],
     experts_SA: Int[Array, "S A"],
     weights_SA: Float[Array, "S A"],
-    w_gate_up_EUD: Float[Array, "E U D"],
+    w_gate_up_EUD: Float[Array, "E U D"] | TwoWay,
     bias_up_EU: Float[Array, "E U"],
-    w_down_EDF: Float[Array, "E D F"],
+    w_down_EDF: Float[Array, "E D F"] | TwoWay,
     bias_down_ED: Float[Array, "E D"],
     *,
     limit: float,
     backend: str | None = None,
+    activations: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "S D"], Int[Array, ""]]:
     """The experts, and the number of routed rows that lie in blocks in use: all whose expert is here, for nothing is dropped.
 
@@ -38,18 +44,21 @@ def expert_mlp_counted(
     Args:
       limit: clamp of the SwiGLU.
       backend: "xla" or "triton"; None chooses by platform.
+      activations: what both products' inputs go through, fake quantization of rows for instance; it and weights with two ways run composed.
     """
     backend = resolve_backend(backend)
-    groups = product(group_rows(experts_SA, w_gate_up_EUD.shape[0], block_rows(backend)))
-    run = expert_mlp_fused if backend == "xla" else expert_mlp_composed
+    groups = product(group_rows(experts_SA, forward_weight(w_gate_up_EUD).shape[0], block_rows(backend)))
+    run = expert_mlp_fused if backend == "xla" and not isinstance(w_gate_up_EUD, TwoWay) else expert_mlp_composed
+    if activations is not None:
+        run = partial(expert_mlp_composed, activations=activations)
     out_SD = run(x_SD, weights_SA, w_gate_up_EUD, bias_up_EU, w_down_EDF, bias_down_ED, groups, limit, backend)
     is_row_GM = groups.assignment_P.reshape(-1, groups.block_rows) < experts_SA.size
     return out_SD, jnp.sum(is_row_GM & (jnp.arange(len(is_row_GM)) < groups.num_blocks)[:, None], dtype=jnp.int32)
 
 
-def expert_mlp(*arrays: Array, limit: float, backend: str | None = None) -> Float[Array, "S D"]:
+def expert_mlp(*arrays: Any, **options: Any) -> Float[Array, "S D"]:
     """`expert_mlp_counted` without the count."""
-    return expert_mlp_counted(*arrays, limit=limit, backend=backend)[0]
+    return expert_mlp_counted(*arrays, **options)[0]
 
 
 __all__ = ["expert_mlp", "expert_mlp_counted"]

@@ -46,18 +46,24 @@ def expert_mlp_inference(
     num_experts: int,
     limit: float,
     backend: str | None = None,
+    activations: Callable[[Array], Array] | None = None,
+    elsewhere: bool = False,
 ) -> Float[Array, "S D"]:
-    """`expert_mlp` with expert e of the layer at index `first + e` of the weights; not differentiable."""
+    """`expert_mlp` with expert e of the layer at index `first + e` of the weights; not differentiable. With `elsewhere` the number `num_experts`
+    stands for an expert of another device, which is not computed and adds zeros."""
     backend = resolve_backend(backend)
     weights = w_gate_up_XUD, bias_up_XU, w_down_XDF, bias_down_XD
-    if backend == "xla" and x_SD.shape[0] == 1:
-        return _one_token(x_SD, first + experts_SA[0], weights_SA, weights, limit)
+    rounded = activations or (lambda x: x)
+    x_SD = rounded(x_SD)
+    act = lambda h: rounded(clamped_swiglu(h, limit))
+    if backend == "xla" and x_SD.shape[0] == 1 and not elsewhere:
+        return _one_token(x_SD, first + experts_SA[0], weights_SA, weights, act)
     few = experts_SA.size <= FEW_ROWS
     groups = group_few_rows(experts_SA, num_experts, FEW_BLOCK_ROWS[backend]) if few else group_rows(experts_SA, num_experts, block_rows(backend))
     if backend == "xla":
-        return _piecewise(x_SD, weights_SA, weights, groups, first, limit, _over_blocks if few else over_pieces)
+        return _piecewise(x_SD, weights_SA, weights, groups, first, act, _over_blocks if few else over_pieces)
     kernel = importlib.import_module(f"gptoss_jax.ops.grouped_matmul.{'mxfp4_triton' if _is_packed(w_gate_up_XUD) else 'triton'}")
-    return composed(x_SD, weights_SA, weights, groups, first, limit, kernel.forward)
+    return composed(x_SD, weights_SA, weights, groups, first, act, kernel.forward)
 
 
 def group_few_rows(experts_SA: Int[Array, "S A"], num_experts: int, rows: int) -> RowGroups:
@@ -75,6 +81,7 @@ def group_few_rows(experts_SA: Int[Array, "S A"], num_experts: int, rows: int) -
     before_EE = jnp.tri(num_experts, k=-1, dtype=bool)
     first_E = jnp.sum(jnp.where(before_EE, blocks_E, 0), axis=1, dtype=jnp.int32)
     slot_R = jnp.sum(jnp.where(is_mine_ER, first_E[:, None], 0), axis=0, dtype=jnp.int32) * rows + rank_R
+    slot_R = jnp.where(experts_R < num_experts, slot_R, max_blocks * rows + index_R)  # out of range, each its own
     is_there_PR = jnp.arange(max_blocks * rows)[:, None] == slot_R
     assignment_P = num_rows + jnp.sum(jnp.where(is_there_PR, index_R - num_rows, 0), axis=1, dtype=jnp.int32)
     block_expert_G = jnp.sum((first_E + blocks_E) <= jnp.arange(max_blocks)[:, None], axis=1, dtype=jnp.int32).clip(max=num_experts - 1)
@@ -92,12 +99,12 @@ def _take(w, index, dtype):
     return values(w[index])
 
 
-def _one_token(x_1D, experts_A, weights_1A, weights, limit):
+def _one_token(x_1D, experts_A, weights_1A, weights, act):
     w_up, bias_up, w_down, bias_down = weights
     dtype = x_1D.dtype
     up_AUD = _take(w_up, experts_A, dtype)
     h_AU = dot(x_1D, up_AUD.reshape(-1, up_AUD.shape[-1]), NT).reshape(up_AUD.shape[:2])
-    act_AF = clamped_swiglu((h_AU + bias_up[experts_A].astype(jnp.float32)).astype(dtype), limit)
+    act_AF = act((h_AU + bias_up[experts_A].astype(jnp.float32)).astype(dtype))
     down_ADF = _take(w_down, experts_A, dtype)
     y_AD = lax.dot_general(down_ADF, act_AF, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
     y_AD = (y_AD + bias_down[experts_A].astype(jnp.float32)).astype(dtype)
@@ -116,7 +123,7 @@ def _over_blocks(groups: RowGroups, body, carry):
     return lax.fori_loop(0, groups.num_blocks, turn, carry)
 
 
-def _piecewise(x_SD, weights_SA, weights, groups: RowGroups, first, limit, loop: Callable):
+def _piecewise(x_SD, weights_SA, weights, groups: RowGroups, first, act, loop: Callable):
     w_up, bias_up, w_down, bias_down = weights
     dtype, x_bits_SD = x_SD.dtype, bits(x_SD)
 
@@ -124,16 +131,16 @@ def _piecewise(x_SD, weights_SA, weights, groups: RowGroups, first, limit, loop:
         e = first + e
         x_MD = values(take_or_zero(x_bits_SD, take(groups.token_P)))
         h_MU = (dot(x_MD, _take(w_up, e, dtype), NT) + bias_up[e].astype(jnp.float32)).astype(dtype)
-        return put(y_PD, dot(clamped_swiglu(h_MU, limit), _take(w_down, e, dtype), NT) + bias_down[e].astype(jnp.float32))
+        return put(y_PD, dot(act(h_MU), _take(w_down, e, dtype), NT) + bias_down[e].astype(jnp.float32))
 
     y_PD = loop(groups, body, bits(jnp.zeros((groups.token_P.shape[0], x_SD.shape[1]), dtype)))
     return weighted_sum(values(y_PD), weights_SA, groups)
 
 
-def composed(x_SD, weights_SA, weights, groups: RowGroups, first, limit, grouped_matmul: Callable):
+def composed(x_SD, weights_SA, weights, groups: RowGroups, first, act, grouped_matmul: Callable):
     """The chain over all rows, with the forward product of a kernel module; its blocks are told where their matrices lie."""
     w_up, bias_up, w_down, bias_down = weights
     groups = groups._replace(block_expert_G=first + groups.block_expert_G)
     h_PU = grouped_matmul(dispatch(x_SD, groups), w_up, bias_up, groups)
-    y_PD = grouped_matmul(clamped_swiglu(h_PU, limit), w_down, bias_down, groups)
+    y_PD = grouped_matmul(act(h_PU), w_down, bias_down, groups)
     return weighted_sum(y_PD, weights_SA, groups)

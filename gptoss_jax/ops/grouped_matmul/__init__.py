@@ -4,10 +4,12 @@ import importlib
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptoss_jax.ops.backend import resolve_backend
 from gptoss_jax.ops.grouped_matmul.groups import RowGroups, combine, dispatch, group_rows, max_slots
+from gptoss_jax.quant.two_way import TwoWay, forward_weight
 
 # Rows of a block, to which each expert's rows are padded. XLA joins blocks to larger pieces, so there small ones pad less.
 BLOCK_ROWS = {"xla": 32, "triton": 128}
@@ -24,7 +26,7 @@ def block_rows(backend: str | None = None) -> int:
 
 
 def grouped_matmul(
-    x_PK: Float[Array, "P K"], w_ENK: Float[Array, "E N K"], bias_EN: Float[Array, "E N"], groups: RowGroups, backend: str | None = None
+    x_PK: Float[Array, "P K"], w_ENK: Float[Array, "E N K"] | TwoWay, bias_EN: Float[Array, "E N"], groups: RowGroups, backend: str | None = None
 ) -> Float[Array, "P N"]:
     """`y[p] = w[e(p)] @ x[p] + bias[e(p)]` for the slots in use, with the gradients of x, w and bias; products accumulate in float32.
 
@@ -36,7 +38,7 @@ def grouped_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _grouped_matmul(x_PK, w_ENK, bias_EN, groups, backend):
-    return _module(backend).forward(x_PK, w_ENK, bias_EN, groups)
+    return _module(backend).forward(x_PK, forward_weight(w_ENK), bias_EN, groups)
 
 
 def _forward(x_PK, w_ENK, bias_EN, groups, backend):
@@ -45,8 +47,11 @@ def _forward(x_PK, w_ENK, bias_EN, groups, backend):
 
 def _backward(backend, residual, dy_PN):
     x_PK, w_ENK, bias_EN, groups = residual
-    dx_PK, dw_ENK, dbias_EN = _module(backend).backward(dy_PN, x_PK, w_ENK, groups)
-    return dx_PK, dw_ENK.astype(w_ENK.dtype), dbias_EN.astype(bias_EN.dtype), None
+    two_way = isinstance(w_ENK, TwoWay)
+    through_ENK = w_ENK.backward if two_way else w_ENK
+    dx_PK, dw_ENK, dbias_EN = _module(backend).backward(dy_PN, x_PK, through_ENK, groups)
+    dw_ENK = dw_ENK.astype(through_ENK.dtype)
+    return dx_PK, TwoWay(dw_ENK, jnp.zeros_like(dw_ENK)) if two_way else dw_ENK, dbias_EN.astype(bias_EN.dtype), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

@@ -7,9 +7,9 @@ from gptoss_jax.training.plan.memory import Memory, memory
 from gptoss_jax.training.plan.search import Candidate, evaluate, proposed_mesh, search
 from gptoss_jax.training.plan.speed import EFFICIENCY, Speed, speed
 from gptoss_jax.training.plan.summary import parameters, summary
-from gptoss_jax.training.plan.traffic import Collective, traffic
+from gptoss_jax.training.plan.traffic import Collective, expert_rows, traffic
 
 __all__ = [
     "DEVICES", "EFFICIENCY", "Candidate", "Collective", "Device", "Layout", "Memory", "Speed", "architecture", "device_bytes", "evaluate",
-    "find_device", "memory", "parameters", "present_device", "proposed_mesh", "search", "speed", "summary", "traffic",
+    "expert_rows", "find_device", "memory", "parameters", "present_device", "proposed_mesh", "search", "speed", "summary", "traffic",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from gptoss_jax.data import Batch
 from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.ops.grouped_matmul import block_rows, max_slots
 from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES, param_shardings
+from gptoss_jax.sharding.experts import choose_transport
 from gptoss_jax.training.config import BatchConfig, MeshConfig, TrainConfig
 from gptoss_jax.training.plan.architecture import architecture
 from gptoss_jax.training.step import Shardings, Teacher, TrainState, abstract_state
@@ -102,6 +103,14 @@ class Layout:
     def exchanged_tokens(self) -> int:
         """Tokens that come together over `expert`."""
         return self.tokens * self.sizes.expert
+
+    @property
+    def transport(self) -> str:
+        """How rows get to the experts of other devices: "gather" or "ragged", which sends `expected_share` of a gather's rows at even routing."""
+        config = self.config
+        return choose_transport(
+            self.train.expert_transport, self.kernels == "triton", config.num_local_experts, config.num_experts_per_tok, self.sizes.expert
+        )
 
     @property
     def experts(self) -> int:

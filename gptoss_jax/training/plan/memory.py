@@ -14,7 +14,7 @@ Legend: S tokens of a device's microbatch  P slots of the expert buffer  D hidde
 from typing import NamedTuple
 
 from gptoss_jax.model.config import FULL
-from gptoss_jax.ops.cross_entropy import MAX_BLOCK_LOGITS
+from gptoss_jax.ops.cross_entropy.blocks import MAX_BLOCK_LOGITS
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.training.optimizer import split_frozen
 from gptoss_jax.training.plan.layout import Layout, device_bytes
@@ -70,6 +70,8 @@ def layer_bytes(layout: Layout, kind: str) -> LayerBytes:
     others += 12 * tokens * config.num_local_experts  # router logits, softmax, choices
     if layout.sizes.expert > 1:
         others += exchanged * hidden * c
+        if layout.transport == "ragged":
+            others += tokens * min(config.num_experts_per_tok, layout.sizes.expert) * hidden * c  # the send buffer
     if layout.kernels == "triton":
         others += slots * (hidden + width) * c  # rows of x by slot, activation
     return LayerBytes(tokens * hidden * c, attention + routing + wide + tokens * hidden * c, others)
@@ -118,8 +120,8 @@ def memory(layout: Layout) -> Memory:
     trained_bytes = device_bytes({name: state.params[name] for name in trained})
     trained_elements = trained_bytes // layout.master_bytes
     largest = max(device_bytes(state.params[name]) for name in trained) // layout.master_bytes
-    vocabulary = config.vocab_size * config.hidden_size
-    block = min(layout.tokens, max(1, MAX_BLOCK_LOGITS // config.vocab_size)) * config.vocab_size
+    vocab_here = config.vocab_size // layout.over("vocab")
+    block = min(layout.tokens, max(1, MAX_BLOCK_LOGITS // vocab_here)) * vocab_here
     experts = {name for name in state.params if name.endswith(PROJECTIONS)}
     accumulated = train.batch.accumulation > 1
     residual = state.opt_state[-1] if train.optimizer.master_residual else {}
@@ -152,7 +154,7 @@ def memory(layout: Layout) -> Memory:
         Part("values of a layer, forward alone", forward, ESTIMATED, ("checkpoint",)),
         Part("codes of all experts", codes, ESTIMATED, ("checkpoint",)),
         Part("a block of logits and its gradients", block * (8 + c) * (2 if layout.teacher else 1), ESTIMATED, ("loss",)),
-        Part("unembedding: compute weights, float32 gradient", vocabulary * (c + 4), ESTIMATED, ("loss",)),
+        Part("unembedding: compute weights, float32 gradient", vocab_here * config.hidden_size * (c + 4), ESTIMATED, ("loss",)),
         Part("optimizer: copy of a residual" if residual else "optimizer", largest if residual else 0, ESTIMATED, ("optimizer",)),
     ]
     if train.quant is None:  # nothing is hashed

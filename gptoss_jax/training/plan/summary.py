@@ -6,7 +6,7 @@ from gptoss_jax.model import GptOssConfig, abstract_params
 from gptoss_jax.training.plan.devices import FRAGMENTED, POOL, Device
 from gptoss_jax.training.plan.memory import ASSUMED, COMPUTED, ESTIMATED
 from gptoss_jax.training.plan.search import Candidate
-from gptoss_jax.training.plan.traffic import traffic
+from gptoss_jax.training.plan.traffic import expert_rows, traffic
 
 # parameters by what their name ends with or holds; the first that matches
 GROUPS = (
@@ -51,6 +51,8 @@ def summary(candidate: Candidate, device: Device, efficiency: float) -> dict[str
             "collectives": [
                 {"what": c.what, "kind": c.kind, "axes": list(c.axes), "bytes": c.num_bytes, "seconds": c.seconds} for c in traffic(layout, device)
             ],
+            # rows to the experts of one layer, and as many back
+            "expert_rows": {"transport": layout.transport, **expert_rows(layout)},
             "seconds": speed.communication,
             "source": f"bytes {COMPUTED} or {ESTIMATED} from shapes, rates {ASSUMED}: as the makers state",
         },

@@ -5,8 +5,8 @@ sum that all keep (all-reduce) sends twice that. Within a node the rate is that 
 of its members in a node, one card each, if that is less.
 
 Backward passes repeat what the forward pass gathered unless `remat: none` keeps it. Gradients are summed in float32. The collectives of experts,
-context and unembedding are written out in the program; those of attention's and the embedding's weights are the compiler's choice: what is listed is
-what fsdp needs.
+context, embedding and unembedding are written out in the program; those of attention's weights are the compiler's choice: what is listed is what fsdp
+needs. What ragged rows send depends on routing: listed is what even routing sends.
 """
 
 import math
@@ -15,11 +15,12 @@ from typing import NamedTuple
 from gptoss_jax.model.config import FULL
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES
+from gptoss_jax.sharding.transport import expected_share
 from gptoss_jax.training.optimizer import split_frozen
 from gptoss_jax.training.plan.devices import Device
 from gptoss_jax.training.plan.layout import Layout
 
-FACTORS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "neighbours": 1}
+FACTORS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "neighbours": 1, "all-to-all": 1, "ragged all-to-all": 1}
 
 
 class Collective(NamedTuple):
@@ -44,6 +45,13 @@ def group_rate(layout: Layout, device: Device, axes: tuple[str, ...]) -> float:
     if len(set(nodes)) == 1:
         return device.link_rate
     return min(device.link_rate, nodes.count(nodes[0]) * device.network_rate)
+
+
+def expert_rows(layout: Layout) -> dict[str, int]:
+    """Bytes of rows that one device sends to the experts of one layer, and about as many back, by transport: "ragged" at even routing."""
+    config, devices = layout.config, layout.sizes.expert
+    gather = (devices - 1) * layout.tokens * config.hidden_size * layout.compute_bytes
+    return {"gather": gather, "ragged": int(gather * expected_share(config.num_local_experts, config.num_experts_per_tok, devices))}
 
 
 def traffic(layout: Layout, device: Device) -> list[Collective]:
@@ -77,8 +85,16 @@ def traffic(layout: Layout, device: Device) -> list[Collective]:
     rows = layout.exchanged_tokens * config.hidden_size * c
     exchange = tuple(a for a in cut if a not in gathered and a in token_axes)
     summed = tuple(a for a in cut if a not in gathered and a not in token_axes)
-    add("rows to experts", "all-gather", exchange, rows, (passes + 1) * layers * microbatches)
-    add("rows from experts", "reduce-scatter", exchange, rows, (passes + 1) * layers * microbatches)
+    there, back = "all-gather", "reduce-scatter"
+    if layout.transport == "ragged":
+        there = back = "ragged all-to-all"
+        rows *= expected_share(config.num_local_experts, config.num_experts_per_tok, layout.sizes.expert)
+    add("rows to experts", there, exchange, rows, (passes + 1) * layers * microbatches)
+    add("rows from experts", back, exchange, rows, (passes + 1) * layers * microbatches)
+    choices = 4 * config.num_experts_per_tok * layout.exchanged_tokens
+    add("choices of experts and their weights", "all-gather", exchange, 2 * choices, passes * layers * microbatches)
+    add("gradients of these weights", "reduce-scatter", exchange, choices, layers * microbatches)
+    rows = layout.exchanged_tokens // layout.sizes.expert * config.hidden_size * c
     add("rows from experts", "all-reduce", summed, rows, (passes + 1) * layers * microbatches)
     if layout.teacher:
         teacher, matrices = layout.teacher.config, [x.size for name, x in layout.teacher.params.items() if name.endswith(PROJECTIONS)]
@@ -102,9 +118,13 @@ def traffic(layout: Layout, device: Device) -> list[Collective]:
     add("attention output", "all-reduce", axes("heads"), layout.tokens * config.hidden_size * c, (passes + 1) * layers * microbatches)
     # everything else: cut over `embed`, whole to compute
     others = sum(p.size for name, p in layout.state.params.items() if name not in names) / layout.over("vocab")
-    vocabulary = 2 * config.vocab_size * config.hidden_size / layout.over("vocab")
-    add("other weights", "all-gather", axes("embed"), c * (passes * (others - vocabulary) + vocabulary), microbatches)
-    add("other gradients, float32", "reduce-scatter", axes("embed"), 4 * others, microbatches)
+    table = config.vocab_size * config.hidden_size / layout.over("vocab")  # of the embedding, which stays, and of the unembedding
+    hidden = layout.tokens * config.hidden_size
+    add("rows of the embedding", "all-to-all", axes("embed"), c * hidden, 2 * microbatches)
+    add("rows of the embedding", "all-reduce", axes("vocab"), c * hidden, 2 * microbatches)
+    add("gradients of the last hidden states, float32", "all-reduce", axes("vocab"), 4 * hidden, microbatches)
+    add("other weights", "all-gather", axes("embed"), c * (passes * (others - 2 * table) + table), microbatches)
+    add("other gradients, float32", "reduce-scatter", axes("embed"), 4 * (others - table), microbatches)
     whole_axes = tuple(a for a in token_axes if a not in axes("embed"))
     add("other gradients, float32", "all-reduce", whole_axes, 4 * others / layout.over("embed"), microbatches)
     return sorted(found, key=lambda collective: -collective.seconds)
