@@ -48,6 +48,17 @@ def code_hashes(config: GptOssConfig, codes: Mapping[str, Any]) -> dict[str, str
     return out
 
 
+def params_hash(params: Mapping[str, Any]) -> str:
+    """xxh3_128 over names and values of parameters (arrays, or codes), in the order of names. Stacked arrays come to the host layer by layer."""
+    state = xxhash.xxh3_128()
+    for name in sorted(params):
+        for part in jax.tree.leaves(params[name]):
+            state.update(f"{name} {part.dtype}{list(part.shape)}".encode())
+            for index in range(part.shape[0]):
+                state.update(bytes_of(to_host(part[index])))
+    return state.hexdigest()
+
+
 def whole(array: Any) -> Any:
     """Of an array that spans processes, a copy that every device holds; every process must call this. Any other array as it is."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
