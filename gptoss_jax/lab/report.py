@@ -107,11 +107,14 @@ def tasks_of(lines: Sequence[Line]) -> list[str]:
 # ---- table ------------------------------------------------------------------------------------------------------------------------
 def make_table(experiment: Experiment, lines: Sequence[Line]) -> Table:
     columns: list[tuple[str, Callable[[Line], str]]] = [("arm", lambda line: line.arm.name)]
-    columns += [(f"{task}, %", lambda line, task=task: _plus_minus(line.of(rate(task)), 1)) for task in tasks_of(lines)]
+    spread = {task: {value for line in lines for value in map(rate(task), line.results.values())} for task in tasks_of(lines)}
+    differing = [task for task, values in spread.items() if len(values) > 1]
+    columns += [(f"{task}, %", lambda line, task=task: _plus_minus(line.of(rate(task)), 1)) for task in differing]
     columns.append(("loss", lambda line: _plus_minus(line.of(loss), 4)))
     if any(line.reference for line in lines):
         columns.append(("loss / reference", _ratio))
-        columns += [(f"{task} - reference", lambda line, task=task: _signed(line.against(rate(task)))) for task in _moving(lines)]
+        moving = [task for task in differing if max(spread[task]) - min(spread[task]) > 1]
+        columns += [(f"{task} - reference", lambda line, task=task: _signed(line.against(rate(task)))) for task in moving]
     for title, measure, digits, scale in (
         ("kept, %", rounding("kept"), 0, 100),
         ("pull-back", rounding("pull_back"), 2, 1),
@@ -128,16 +131,11 @@ def make_table(experiment: Experiment, lines: Sequence[Line]) -> Table:
         "pull-back: cosine between what rounding does and minus what training did; values and scales changed: weights of the experts, and blocks, "
         "whose deployed value or scale differs from the base's."
     )
+    legend += "".join(f" {task}: {values.pop():.1f} % everywhere." for task, values in spread.items() if len(values) == 1)
     if experiment.reference is not None:
         name = experiment.reference if isinstance(experiment.reference, str) else ", ".join(experiment.reference.values())
         legend += f" Reference: {name}; [a-b]: 95 % interval of the ratio."
     return Table([title for title, _ in columns], [[make(line) for _, make in columns] for line in lines], legend)
-
-
-def _moving(lines: Sequence[Line]) -> list[str]:
-    """Tasks whose rate differs by more than a point somewhere."""
-    spread = lambda task: [value for line in lines for value in map(rate(task), line.results.values())]
-    return [task for task in tasks_of(lines) if max(spread(task)) - min(spread(task)) > 1]
 
 
 def _plus_minus(value: Estimate | None, digits: int) -> str:
