@@ -23,6 +23,9 @@ DIAGNOSE = "tests/training/test_diagnose.py"
 GATE = "tests/training/recipe/test_gate.py"
 EXAMPLES = "tests/data/test_examples.py --deselect tests/data/test_examples.py::test_loss_of_shared_documents_is_that_of_one_document_for_each_turn"
 CODEC = "tests/formats/test_mxfp4.py"
+ESTIMATORS = "tests/quant/test_estimators.py -k backward_is"
+OSCILLATION = "tests/lab/test_oscillation.py -k"
+SCALES = "tests/lab/test_learned_scale.py -k lsq_value"
 DECODE = "tests/ops/test_decode_attention.py"
 CACHE = "tests/model/test_inference.py -k alternating_with_tail"
 
@@ -74,7 +77,13 @@ MUTANTS = (
     Mutant("prefill_keeps_the_first_window", "gptoss_jax/model/cache.py", "index = jnp.clip(position_BS, 0, tokens - 1)", "index = jnp.clip(position_BS % cache.slots, 0, tokens - 1)", CACHE),
     Mutant("resting_rows_get_longer", "gptoss_jax/model/inference.py", "active_B.astype(jnp.int32)", "1", "tests/model/test_inference.py -k rest"),
     Mutant("nibbles_swapped", "gptoss_jax/formats/bits.py", "pairs << jnp.array([0, 4], jnp.uint32)", "pairs << jnp.array([4, 0], jnp.uint32)", CODEC),
-    Mutant("block_axis", "gptoss_jax/quant/fake_quant.py", "_encode_decode(jnp.moveaxis(x, axis, -1), fmt", "_encode_decode(jnp.moveaxis(x, -2, -1), fmt", "tests/quant"),
+    Mutant("block_axis", "gptoss_jax/quant/fake_quant.py", "_encode_decode(jnp.moveaxis(x, axis, -1), key", "_encode_decode(jnp.moveaxis(x, -2, -1), key", "tests/quant/test_fake_quant.py"),
+    Mutant("cell_below_a_grid_point", "gptoss_jax/quant/cells.py", "above = size >= border * unit", "above = size > border * unit", ESTIMATORS),
+    Mutant("ewgs_sign", "gptoss_jax/quant/estimators/zoo.py", "jnp.sign(grad) * (cells.y - cells.q)", "jnp.sign(grad) * (cells.q - cells.y)", ESTIMATORS),
+    Mutant("scale_gradient_to_all", "gptoss_jax/quant/estimators/zoo.py", "jnp.where(sets_scale, jnp.sign", "jnp.where(True, jnp.sign", ESTIMATORS),
+    Mutant("freezes_at_the_new_value", "gptoss_jax/lab/oscillation/hold.py", "before[name], after[name])\n                for", "after[name], after[name])\n                for", f"{OSCILLATION} freezing"),
+    Mutant("reset_keeps_its_window", "gptoss_jax/lab/oscillation/reset.py", "jnp.where(is_due, 0.0, array)", "array", f"{OSCILLATION} osci_reset"),
+    Mutant("lsq_clips_nothing", "gptoss_jax/lab/learned_scale.py", "jnp.where(jnp.abs(blocks) <= 6 * constant, y, 0.0)", "y", SCALES),
     Mutant("scale_bias_126", "gptoss_jax/formats/mxfp4.py", "jnp.where(is_finite, finite_scales, NAN_SCALE)", "jnp.where(is_finite, finite_scales + 1, NAN_SCALE)", CODEC),
     Mutant("ties_away", "gptoss_jax/formats/block_grid.py", "2 * _STEP + _ROUND - g.one", "2 * _STEP + _ROUND + 1 - g.one", CODEC),
     Mutant("stochastic_rounding_with_a_bias", "gptoss_jax/formats/element_round.py", "noise.reshape(bits.shape) < position", "noise.reshape(bits.shape) < position - (position >> 4)",

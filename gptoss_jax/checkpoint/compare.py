@@ -1,7 +1,8 @@
 """Are the weights of a checkpoint those of another checkpoint, of parameters in memory, or of code hashes from training? Value for value."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from gptoss_jax.checkpoint.load import PIECE_BYTES
 from gptoss_jax.checkpoint.safetensors_io import DTYPES
 from gptoss_jax.checkpoint.source import EncodedSlice, SourceCheckpoint
 from gptoss_jax.errors import CorruptError
-from gptoss_jax.formats import Format
+from gptoss_jax.formats import Format, nvfp4
 from gptoss_jax.formats.noise import matrix_keys
 from gptoss_jax.model import Params
 
@@ -53,10 +54,10 @@ def value_differences(source: SourceCheckpoint, against: SourceCheckpoint | Para
         yield f"the models differ in shape or constants: {source.config} here, {against.config} in {against.path}"
         return
     for piece in all_pieces(source.config):
-        count, worst = 0, 0.0
+        count, worst, expected_of = 0, 0.0, _expecting(source, against, piece, fmt)
         for ranges in _row_groups(piece):
             try:
-                found, expected = _values(source, piece, ranges), _expected(source, against, piece, ranges, fmt)
+                found, expected = _values(source, piece, ranges), expected_of(ranges)
             except CorruptError as error:
                 yield str(error)
                 break
@@ -69,16 +70,28 @@ def value_differences(source: SourceCheckpoint, against: SourceCheckpoint | Para
             yield f"{piece.hf_key!r}: {count} of {np.prod(piece.shape)} values differ, by up to {worst:.3g}"
 
 
-def _expected(source: SourceCheckpoint, against: SourceCheckpoint | Params, piece: Piece, ranges, fmt: Format | None) -> np.ndarray:
+def _expecting(
+    source: SourceCheckpoint, against: SourceCheckpoint | Params, piece: Piece, fmt: Format | None
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """What a slice of the piece must be."""
     if isinstance(against, SourceCheckpoint):
-        values = _values(against, piece, ranges)
+        plain = functools.partial(_values, against, piece)
         through = fmt if against.layout.experts != source.layout.experts else None
     else:
-        leaf = against[piece.name]
-        values, through = (leaf if piece.slot is None else leaf[piece.slot])[ranges], fmt
-    if piece.row.matrix and through:
-        values = through_format(values, through, expert_keys(through, piece, ranges[0].start, ranges[0].stop))
-    return to_host(values)
+        leaf, through = against[piece.name], fmt
+        whole = leaf if piece.slot is None else leaf[piece.slot]
+        plain = whole.__getitem__
+    if not piece.row.matrix or through is None:
+        return lambda ranges: to_host(plain(ranges))
+
+    @functools.cache
+    def amax():
+        return shared_amax(through, map(plain, _row_groups(piece)))
+
+    def expected(ranges):
+        return to_host(through_format(plain(ranges), through, expert_keys(through, piece, ranges[0].start, ranges[0].stop), amax()))
+
+    return expected
 
 
 def _values(source: SourceCheckpoint, piece: Piece, ranges) -> np.ndarray:
@@ -100,7 +113,21 @@ def expert_keys(fmt: Format, piece: Piece, start: int, stop: int) -> np.ndarray 
     return matrix_keys(fmt.seed, piece.hf_key, range(start, stop)) if fmt.stochastic else None
 
 
+def shared_amax(fmt: Format, groups: Iterable[Any]) -> np.float32 | None:
+    """The maximum from which all experts of a projection take one global scale; None where each has its own. `groups`: all experts, cut."""
+    if not fmt.needs_all_experts:
+        return None
+    return max(to_host(nvfp4.tensor_amax(group)).max() for group in groups)
+
+
+def encode_experts(values: Any, fmt: Format, key: Any = None, amax: Any = None) -> Any:
+    """The codes of some experts of a projection, equal to those of all of them together; `amax` as `shared_amax` says."""
+    if amax is None:
+        return fmt.encode(values, key)
+    return dataclasses.replace(fmt, tensor_amax="given").encode(values, key, amax)
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def through_format(values: Any, fmt: Format, key: Any = None) -> jax.Array:
-    """What a model computes with after its weights were stored in `fmt`, in bfloat16."""
-    return fmt.decode(fmt.encode(values, key), jax.numpy.bfloat16)
+def through_format(values: Any, fmt: Format, key: Any = None, amax: Any = None) -> jax.Array:
+    """What a model computes with after its weights were stored in `fmt`, in bfloat16; arguments as of `encode_experts`."""
+    return fmt.decode(encode_experts(values, fmt, key, amax), jax.numpy.bfloat16)

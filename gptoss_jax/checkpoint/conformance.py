@@ -116,13 +116,19 @@ def config_keys(source: SourceCheckpoint) -> Findings:
         yield "the RoPE settings lack 'truncate', which clients then take as true (the release has false)"
     elif rope["truncate"]:
         yield Note("RoPE 'truncate' is true, the release has false")
+    for key in ("beta_fast", "beta_slow"):
+        if key not in rope:
+            yield f"the RoPE settings lack {key!r}, which vLLM and TensorRT-LLM read without a default"
     if raw.get("dtype", raw.get("torch_dtype", "bfloat16")) != "bfloat16":
         yield f"dtype is {raw.get('dtype', raw.get('torch_dtype'))!r}, not 'bfloat16'"
     if source.layout.experts == "mxfp4":
         excluded = (raw.get("quantization_config") or {}).get("modules_to_not_convert")
         if not isinstance(excluded, list) or sorted(map(str, excluded)) != sorted(NOT_CONVERTED):
             yield f"quantization_config.modules_to_not_convert is {excluded!r}, the release has {list(NOT_CONVERTED)}"
-    if (source.path / MODELOPT_CONFIG).exists():
+    if source.layout.dialect == "modelopt":
+        if not (source.path / MODELOPT_CONFIG).exists():
+            yield f"{MODELOPT_CONFIG} is missing; TensorRT-LLM finds ModelOpt's quantization there"
+    elif (source.path / MODELOPT_CONFIG).exists():
         yield f"{MODELOPT_CONFIG} is present; TensorRT-LLM lets it win over config.json"
     if raw.get("eos_token_id") is None:
         yield Note("eos_token_id is not set: generation will not stop by itself")

@@ -1,4 +1,4 @@
-"""Parameters -> a directory that inference engines load: MXFP4 as in the release, BF16, or NVFP4 (readable by this library alone).
+"""Parameters -> a directory that other programs load: MXFP4 as in the release or in OpenAI's original layout, BF16, or NVFP4 in three layouts.
 
 MXFP4 and NVFP4 encode the parameters as given, which must be the master weights that training quantized: a rounded copy would change codes.
 A format with another rounding than training's (`Mxfp4(element_round="sr", seed=3)`) writes other weights than the trained ones, and says so in the
@@ -31,10 +31,13 @@ import xxhash
 
 import gptoss_jax
 from gptoss_jax.checkpoint.ahead import Tick, in_order
-from gptoss_jax.checkpoint.compare import expert_keys, through_format
+from gptoss_jax.checkpoint.card import CARD, model_card
+from gptoss_jax.checkpoint.compare import encode_experts, expert_keys, shared_amax, through_format
+from gptoss_jax.checkpoint.export_layout import export_layout
 from gptoss_jax.checkpoint.hashes import bytes_of, hash_arrays, rows_to_host, take_rows, whole
-from gptoss_jax.checkpoint.hf_config import MANIFEST, hf_config, read_companions
-from gptoss_jax.checkpoint.hf_layout import Layout, Piece, TensorSpec, all_pieces
+from gptoss_jax.checkpoint.hf_config import MANIFEST, config_files, read_companions
+from gptoss_jax.checkpoint.hf_layout import MXFP4_BLOCK, Layout, Piece, TensorSpec, all_pieces
+from gptoss_jax.checkpoint.nvfp4_layouts import DialectWriter
 from gptoss_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter
 from gptoss_jax.checkpoint.source import check_finite, check_scales
 from gptoss_jax.checkpoint.staging import refuse_used, staged_directory, write_json
@@ -43,6 +46,7 @@ from gptoss_jax.checkpoint.verify import verify_dir
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.model import GptOssConfig, Params, abstract_params
+from gptoss_jax.quant import LoraWeight, merged_weight
 from gptoss_jax.sharding.distributed import barrier, is_first, on_first
 
 GROUP_BYTES = 128 << 20
@@ -60,25 +64,29 @@ def export_hf(
     provenance: Mapping[str, Any] | None = None,
     bake: Format | None = None,
     token_ids: Mapping[str, Any] | None = None,
+    layout: str | None = None,
     tick: Tick | None = None,
 ) -> Path:
-    """Writes a Hugging Face directory and verifies it before it gets its name. With several processes all call this and return when it is there.
+    """Writes a model directory and verifies it before it gets its name. With several processes all call this and return when it is there.
 
     Args:
-      params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy.
+      params: master weights, float32 or bfloat16, on devices (sharded in any way) or as numpy; a `LoraWeight` is merged as it is written.
       format: `Mxfp4(...)`, `Nvfp4(...)`, the name of one ("mxfp4", "nvfp4"), or "bf16". Stochastic rounding needs a seed, which the manifest records.
       source_dir: directory whose tokenizer, chat template, generation config and token ids are carried along.
       provenance: stored in `gptoss_jax_export.json` (source revision, run, step).
       bake: with "bf16", write the values that this format decodes to: the model that QAT trained.
       token_ids: eos_token_id, pad_token_id, bos_token_id for config.json, before those of `source_dir`.
+      layout: "hf" or "openai" for MXFP4 and BF16, "own", "modelopt" or "compressed-tensors" for NVFP4; default: the first of them.
       tick: called on the first process with the bytes that are written, and those of the whole model.
 
     Raises:
-      UsageError: the target exists and is not an empty directory; parameters of another model; a format that makes no sense.
+      UsageError: the target exists and is not an empty directory; parameters of another model; a format that makes no
+        sense, or that the layout cannot hold.
       CorruptError: NaN or infinite values, or an MXFP4 scale that bfloat16 cannot hold, with the tensor's name.
       RunError: no room, an unwritable place, or a failed verification.
     """
     fmt = _checked_format(format, bake)
+    place = export_layout(config, fmt, layout)
     _check_params(config, params, fmt or bake)
     on_first(lambda: refuse_used(Path(out_dir)))
     if not is_first():
@@ -88,27 +96,28 @@ def export_hf(
         barrier("export")
         return Path(out_dir)
     companions, source_config = read_companions(source_dir)
-    config_json = hf_config(config, fmt, source_config, token_ids or {})
-    shards = _plan_shards(config, fmt, max_shard_bytes)
+    described = config_files(config, fmt, place, source_config, token_ids or {})
+    shards = _plan_shards(config, place, max_shard_bytes)
     with staged_directory(Path(out_dir), sum(shard.nbytes for shard in shards)) as staging:
         for name, content in companions.items():
             (staging / name).write_bytes(content)
-        write_json(staging / "config.json", config_json)
-        tensor_hashes, code_hashes = _write_shards(shards, params, fmt, bake, staging, tick)
-        write_json(
-            staging / MANIFEST,
-            {
-                "format": fmt.to_dict() if fmt else {"name": "bf16"},
-                "bake": bake.to_dict() if bake else None,
-                "provenance": dict(provenance or {}),
-                "versions": {"gptoss_jax": gptoss_jax.__version__, "jax": importlib.metadata.version("jax")},
-                "xxh3_128": {
-                    "files": {name: hash_arrays([np.fromfile(staging / name, np.uint8)]) for name in (*companions, "config.json")},
-                    "codes": code_hashes,
-                    "tensors": tensor_hashes,
-                },
+        for name, content in described.items():
+            write_json(staging / name, content)
+        tensor_hashes, code_hashes = _write_shards(shards, config, params, fmt, bake, place, staging, tick)
+        manifest = {
+            "format": fmt.to_dict() if fmt else {"name": "bf16"},
+            "bake": bake.to_dict() if bake else None,
+            "layout": str(place),
+            "provenance": dict(provenance or {}),
+            "versions": {"gptoss_jax": gptoss_jax.__version__, "jax": importlib.metadata.version("jax")},
+            "xxh3_128": {
+                "files": {name: hash_arrays([np.fromfile(staging / name, np.uint8)]) for name in (*companions, *described)},
+                "codes": code_hashes,
+                "tensors": tensor_hashes,
             },
-        )
+        }
+        write_json(staging / MANIFEST, manifest)
+        (staging / CARD).write_text(model_card(config, place, manifest), encoding="utf-8")
         report = verify_dir(staging)
         if not report.ok:
             raise RunError(f"{out_dir}: the written export fails its verification: {'; '.join(report.failures)}")
@@ -143,8 +152,9 @@ def _check_params(config: GptOssConfig, params: Params, fmt: Format | None) -> N
     if problems:
         raise UsageError("parameters do not fit the config: " + "; ".join(problems))
     for name in ("hidden_size", "intermediate_size"):
-        if fmt is not None and getattr(config, name) % fmt.block_size:
-            raise UsageError(f"config: {name} = {getattr(config, name)} is no multiple of {fmt.block_size}, the block size of {fmt.name}")
+        block = MXFP4_BLOCK if getattr(fmt, "mxfp4_rule", None) else getattr(fmt, "block_size", 1)
+        if getattr(config, name) % block:
+            raise UsageError(f"config: {name} = {getattr(config, name)} is no multiple of {block}, the block size of {fmt.name}")
 
 
 @dataclass
@@ -153,13 +163,14 @@ class _Shard:
     nbytes: int = 0
 
 
-def _plan_shards(config: GptOssConfig, fmt: Format | None, max_bytes: int) -> list[_Shard]:
-    """Pieces in file order, cut before `max_bytes`; all tensors of one piece share a shard."""
-    layout = Layout("hf", fmt.name if fmt else "bf16")
-    shards = [_Shard()]
+def _plan_shards(config: GptOssConfig, layout: Layout, max_bytes: int) -> list[_Shard]:
+    """Pieces in file order, cut before `max_bytes`; all tensors of one piece, and all pieces of one tensor, share a shard."""
+    shards, seen = [_Shard()], set()
     for piece in all_pieces(config):
         specs = piece.tensors(layout, config)
-        size = sum(math.prod(spec.shape) * DTYPES[spec.dtypes[0]].itemsize for spec in specs.values())
+        # q, k and v of OpenAI's fused tensor follow each other: the first of them brings all its bytes
+        size = sum(math.prod(spec.shape) * DTYPES[spec.dtypes[0]].itemsize for spec in specs.values() if spec.key not in seen)
+        seen |= {spec.key for spec in specs.values()}
         if shards[-1].pieces and shards[-1].nbytes + size > max_bytes:
             shards.append(_Shard())
         shards[-1].pieces.append((piece, specs))
@@ -168,32 +179,46 @@ def _plan_shards(config: GptOssConfig, fmt: Format | None, max_bytes: int) -> li
 
 
 def _write_shards(
-    shards: list[_Shard], params: Params, fmt: Format | None, bake: Format | None, directory: Path, tick: Tick | None
+    shards: list[_Shard],
+    config: GptOssConfig,
+    params: Params,
+    fmt: Format | None,
+    bake: Format | None,
+    layout: Layout,
+    directory: Path,
+    tick: Tick | None,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Writes all shards and the index. Returns the hash of every tensor and of the codes of every quantized matrix."""
     hashes = _Hashes()
     weight_map: dict[str, str] = {}
-    total, done = sum(shard.nbytes for shard in shards), 0
+    total, done, stored = sum(shard.nbytes for shard in shards), 0, 0
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = {spec.key: (spec.dtypes[0], spec.shape) for _, specs in shard.pieces for spec in specs.values()}
-        with SafetensorsWriter(directory / file, header) as writer:
-            groups = ((piece, specs, group) for piece, specs in shard.pieces for group in _groups(piece, params[piece.name], fmt, bake))
+        own = layout.dialect == "own"
+        with SafetensorsWriter(directory / file, header) if own else DialectWriter(directory / file, header, layout.dialect) as writer:
+            groups = (
+                (piece, specs, group) for piece, specs in shard.pieces
+                for group in _groups(piece, params[piece.name], fmt, bake, layout, piece.stored_rows(layout, config))
+            )  # fmt: skip
             for nbytes in in_order((partial(_write_group, writer, hashes, *group) for group in groups), threads=1, ahead=AHEAD):
                 done += nbytes
                 if tick:
                     tick(done, total)
-        weight_map |= dict.fromkeys(header, file)
+        weight_map |= dict.fromkeys(writer.names, file)
+        stored += writer.nbytes
     if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(directory / INDEX, {"metadata": {"total_size": stored}, "weight_map": dict(sorted(weight_map.items()))})
     return hashes.tensors(), hashes.codes()
 
 
 class _Group(NamedTuple):
-    """Rows of the tensors of a piece, from `row` on, by role and in the order in which codes are hashed."""
+    """Rows of the tensors of a piece, from `row` on, by role and in the order in which codes are hashed; the piece begins in its tensors at row
+    `begin`."""
 
     row: int
     arrays: dict[str, np.ndarray]
+    begin: int = 0
 
 
 def _write_group(writer: SafetensorsWriter, hashes: "_Hashes", piece: Piece, specs: dict[str, TensorSpec], group: _Group) -> int:
@@ -201,7 +226,7 @@ def _write_group(writer: SafetensorsWriter, hashes: "_Hashes", piece: Piece, spe
     for role, spec in specs.items():
         array = group.arrays[role]
         array = array.reshape(len(array), *spec.shape[1:])
-        writer.write(spec.key, array, group.row)
+        writer.write(spec.key, array, group.begin + group.row)
         hashes.add(spec.key, piece.hf_key if "packed" in specs else None, role, array)
     return sum(array.nbytes for array in group.arrays.values())
 
@@ -247,13 +272,13 @@ def _in_one_place(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
 
 
-def _stored(piece: Piece, values: Any, fmt: Format | None, bake: Format | None, row: int = 0) -> dict[str, Any]:
-    """What the files hold of the rows of a piece from `row` on, where these rows lie."""
+def _stored(piece: Piece, values: Any, fmt: Format | None, bake: Format | None, row: int = 0, amax: Any = None) -> dict[str, Any]:
+    """What the files hold of the rows of a piece from `row` on, where these rows lie; `amax` as of `encode_experts`."""
     quantizer = fmt or bake
     if not piece.row.matrix or not quantizer:
         return {"plain": values}
     key = expert_keys(quantizer, piece, row, row + len(values))
-    return _encode(values, fmt, key)._asdict() if fmt else {"plain": through_format(values, bake, key)}
+    return _encode(values, fmt, key, amax)._asdict() if fmt else {"plain": through_format(values, bake, key, amax)}
 
 
 def _stored_whole(piece: Piece, leaf: jax.Array, fmt: Format | None, bake: Format | None) -> dict[str, Any]:
@@ -261,34 +286,55 @@ def _stored_whole(piece: Piece, leaf: jax.Array, fmt: Format | None, bake: Forma
     return {role: whole(part) for role, part in _stored(piece, leaf if piece.slot is None else leaf[piece.slot], fmt, bake).items()}
 
 
-def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None) -> Iterator[_Group]:
-    """All of a piece on this host, checked, as it is written."""
+def _groups(piece: Piece, leaf: Any, fmt: Format | None, bake: Format | None, layout: Layout, begin: int) -> Iterator[_Group]:
+    """All of a piece on this host, checked, as it is written from row `begin` of its tensors on."""
     where, rows = f"export: tensor {piece.hf_key!r}", piece.shape[0]
     step = max(1, GROUP_BYTES // (math.prod(piece.shape[1:]) * leaf.dtype.itemsize))
-    cut = None if _in_one_place(leaf) else _stored_whole(piece, leaf, fmt, bake)
-    for row in range(0, rows, step):
-        count = min(step, rows - row)
+    groups = [(row, min(step, rows - row)) for row in range(0, rows, step)]
+    cut, amax = None if _in_one_place(leaf) else _stored_whole(piece, leaf, fmt, bake), None
+    if cut is None and piece.row.matrix and (fmt or bake):
+        amax = shared_amax(fmt or bake, (_rows(piece, leaf, *group) for group in groups))
+    for row, count in groups:
         if cut is not None:
             arrays = {role: rows_to_host(part, row, row + count) for role, part in cut.items()}
-        elif isinstance(leaf, jax.Array):
-            arrays = {role: np.asarray(part) for role, part in _stored(piece, take_rows(leaf, piece.slot, row, count), fmt, bake, row).items()}
         else:
-            values = leaf if piece.slot is None else leaf[piece.slot]
-            arrays = {role: np.asarray(part) for role, part in _stored(piece, values[row : row + count], fmt, bake, row).items()}
+            arrays = {role: np.asarray(part) for role, part in _stored(piece, _rows(piece, leaf, row, count), fmt, bake, row, amax).items()}
         if "plain" in arrays:
-            arrays = {"plain": _checked_plain(piece, arrays["plain"], where)}
+            arrays = {"plain": _checked_plain(arrays["plain"], where, layout.transposed and piece.row.matrix)}
         else:
             check_scales(arrays["scales"], where)
-        yield _Group(row, arrays)
+        yield _Group(row, arrays, begin)
 
 
-def _checked_plain(piece: Piece, values: np.ndarray, where: str) -> np.ndarray:
+def _rows(piece: Piece, leaf: Any, row: int, count: int) -> Any:
+    """Rows of a piece of a leaf that lies in one place; adapters are merged."""
+    if isinstance(leaf, LoraWeight):
+        return _merged_rows(piece, leaf, row, count)
+    if isinstance(leaf, jax.Array):
+        return take_rows(leaf, piece.slot, row, count)
+    return (leaf if piece.slot is None else leaf[piece.slot])[row : row + count]
+
+
+def _checked_plain(values: np.ndarray, where: str, is_transposed: bool) -> np.ndarray:
     # numpy rounds float32 to nearest even and, unlike XLA on a CPU, keeps subnormal numbers
     array = values.astype(DTYPES["BF16"])
     check_finite(array, where)
-    return np.ascontiguousarray(array.swapaxes(1, 2) if piece.row.matrix else array)
+    return np.ascontiguousarray(array.swapaxes(1, 2) if is_transposed else array)
+
+
+_merged = jax.jit(merged_weight)
+
+
+def _merged_rows(piece: Piece, leaf: LoraWeight, row: int, count: int) -> jax.Array:
+    """Experts, or rows of a matrix, `row` to `row + count` of a layer, merged."""
+    take = partial(take_rows, slot=piece.slot, start=row, count=count)
+    base, b = jax.tree.map(lambda x: take(x), (leaf.base, leaf.b))
+    if leaf.a is None:
+        return _merged(LoraWeight(base, None, None))
+    a = take(leaf.a) if piece.row.matrix else take_rows(leaf.a, piece.slot, 0, leaf.a.shape[-2])
+    return _merged(LoraWeight(base, a, b, leaf.scale))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _encode(values, fmt: Format, key):
-    return fmt.encode(values, key)
+def _encode(values, fmt: Format, key, amax):
+    return encode_experts(values, fmt, key, amax)

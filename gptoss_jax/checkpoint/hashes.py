@@ -48,6 +48,18 @@ def code_hashes(config: GptOssConfig, codes: Mapping[str, Any]) -> dict[str, str
     return out
 
 
+def params_hash(params: Mapping[str, Any]) -> str:
+    """xxh3_128 over names and values of parameters (arrays, or codes), in the order of names. Stacked arrays come to the host layer by layer."""
+    state = xxhash.xxh3_128()
+    for name in sorted(params):
+        for part in jax.tree.leaves(params[name]):
+            state.update(f"{name} {part.dtype}{list(part.shape)}".encode())
+            layers = (take_rows(part, slot, 0, part.shape[1]) for slot in range(part.shape[0])) if part.ndim > 2 else (part,)
+            for layer in layers:
+                state.update(bytes_of(to_host(layer)))
+    return state.hexdigest()
+
+
 def whole(array: Any) -> Any:
     """Of an array that spans processes, a copy that every device holds; every process must call this. Any other array as it is."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
@@ -75,7 +87,7 @@ def rows_to_host(array: Any, start: int, stop: int) -> np.ndarray:
     return out
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnames="count")
 def take_rows(array: jax.Array, slot: int | None, start: int, count: int) -> jax.Array:
     """`array[start : start + count]`, or with a `slot` `array[slot, start : start + count]`; one program for all slots and starts."""
     if slot is None:

@@ -1,18 +1,21 @@
-"""What surrounds the tensors of an exported directory: config.json in the released spelling, and the files carried along unchanged."""
+"""What surrounds the tensors of an exported directory: config.json in the spelling of its layout, and the files carried along unchanged."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gptoss_jax
+from gptoss_jax.checkpoint.hf_layout import Layout, expected_tensors
 from gptoss_jax.checkpoint.store import read_json
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.model import GptOssConfig
 
 MANIFEST = "gptoss_jax_export.json"  # clients ignore JSON files that they do not know
-# Never write one: TensorRT-LLM lets it win over config.json.
+# Only beside ModelOpt's own layout: TensorRT-LLM lets it win over config.json.
 MODELOPT_CONFIG = "hf_quant_config.json"
-NVFP4_METHOD = "gptoss_jax_nvfp4"
+OPENAI_DTYPES = "dtypes.json"  # beside OpenAI's config.json; TensorRT-LLM reads it
+NVFP4_METHODS = {"own": "gptoss_jax_nvfp4", "modelopt": "modelopt", "compressed-tensors": "compressed-tensors"}
 NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -22,14 +25,67 @@ _CARRIED = (*TOKEN_IDS, "initializer_range", "output_router_logits", "router_aux
 _RELEASE_IDS = {"eos_token_id": 200002, "pad_token_id": 199999}  # o200k_harmony: <|return|>, <|endoftext|>
 
 
-def quantization_config(fmt: Format) -> dict[str, Any]:
+_WEIGHTS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}  # as ModelOpt and compressed-tensors both say it
+
+
+def quantization_config(fmt: Format, layout: Layout) -> dict[str, Any]:
     """The `quantization_config` of an export: of MXFP4 exactly the release's, whatever the scale rule (readers need none)."""
     if fmt.name == "mxfp4":
         return {"modules_to_not_convert": list(NOT_CONVERTED), "quant_method": "mxfp4"}
-    return {"modules_to_not_convert": list(NOT_CONVERTED), "quant_method": NVFP4_METHOD, "format": fmt.to_dict()}
+    method = NVFP4_METHODS[layout.dialect]
+    if layout.dialect == "own":
+        return {"modules_to_not_convert": list(NOT_CONVERTED), "quant_method": method, "format": fmt.to_dict()}
+    if layout.dialect == "modelopt":
+        quantization = modelopt_config()["quantization"]
+        groups = {"group_0": {"weights": _WEIGHTS, "targets": ["Linear"]}}
+        return {
+            "config_groups": groups, "ignore": quantization["exclude_modules"], "quant_algo": quantization["quant_algo"],
+            "producer": modelopt_config()["producer"], "quant_method": method,
+        }  # fmt: skip
+    weights = {**_WEIGHTS, "strategy": "tensor_group", "symmetric": True, "scale_dtype": "torch.float8_e4m3fn"}
+    name = "nvfp4-pack-quantized"
+    return {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": name}},
+        "format": name, "ignore": ["re:.*self_attn.*", "re:.*router.*", "lm_head"], "quantization_status": "compressed", "quant_method": method,
+    }  # fmt: skip
 
 
-def hf_config(config: GptOssConfig, fmt: Format | None, source: Mapping[str, Any], token_ids: Mapping[str, Any]) -> dict[str, Any]:
+def modelopt_config() -> dict[str, Any]:
+    """`hf_quant_config.json`: weights in NVFP4, activations as they are."""
+    return {
+        "producer": {"name": "gptoss_jax", "version": gptoss_jax.__version__},
+        "quantization": {"quant_algo": "W4A16_NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": list(NOT_CONVERTED)},
+    }
+
+
+def config_files(
+    config: GptOssConfig, fmt: Format | None, layout: Layout, source: Mapping[str, Any], token_ids: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The JSON files of an export that describe the model, by name."""
+    if layout.naming == "openai":
+        kinds = {"packed": "FP4", "scales": "UE8"} if fmt else {}
+        roles = {".blocks": "packed", ".scales": "scales"}
+        dtypes = {key: kinds.get(roles.get(key[key.rfind(".") :]), "BF16") for key in expected_tensors(config, layout)}
+        return {"config.json": openai_config(config), OPENAI_DTYPES: dtypes}
+    out = {"config.json": hf_config(config, fmt, source, token_ids, layout)}
+    return out | ({MODELOPT_CONFIG: modelopt_config()} if layout.dialect == "modelopt" else {})
+
+
+def openai_config(config: GptOssConfig) -> dict[str, Any]:
+    """config.json of OpenAI's original layout: exactly the fields of its reference's ModelConfig."""
+    fields = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "swiglu_limit", "head_dim", "num_attention_heads",
+              "num_key_value_heads", "sliding_window")  # fmt: skip
+    rope = config.rope
+    return {name: getattr(config, name) for name in fields} | {
+        "num_experts": config.num_local_experts, "experts_per_token": config.num_experts_per_tok, "rope_theta": rope.rope_theta,
+        "initial_context_length": rope.original_max_position_embeddings, "rope_scaling_factor": rope.factor, "rope_ntk_alpha": rope.beta_slow,
+        "rope_ntk_beta": rope.beta_fast,
+    }  # fmt: skip
+
+
+def hf_config(
+    config: GptOssConfig, fmt: Format | None, source: Mapping[str, Any], token_ids: Mapping[str, Any], layout: Layout | None = None
+) -> dict[str, Any]:
     """config.json of an export.
 
     Token ids come from `token_ids`, else from the source's config.json, else they are the release's where the vocabulary holds them; otherwise
@@ -42,7 +98,7 @@ def hf_config(config: GptOssConfig, fmt: Format | None, source: Mapping[str, Any
     carried = {key: source[key] for key in _CARRIED if key in source}
     out = {**config.to_dict(), **defaults, **carried, **token_ids, "dtype": "bfloat16"}
     if fmt is not None:
-        out["quantization_config"] = quantization_config(fmt)
+        out["quantization_config"] = quantization_config(fmt, layout or Layout("hf", fmt.name))
     return dict(sorted(out.items()))
 
 

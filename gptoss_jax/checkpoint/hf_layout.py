@@ -9,6 +9,8 @@ Three layouts hold the same model (E experts, D hidden, F expert hidden, gate an
     openai   bf16      the same with expert matrices as [E, out, in]
     hf       nvfp4     ours alone: `..._packed` U8 [E, out, in/2], `..._scales` F8_E4M3 [E, out, in/16], `..._global_scale` F32 [E]
 
+NVFP4 in the dialects of other programs is shown and taken under these names (`nvfp4_layouts`).
+
 Our parameters are [out, in] and [E, out, in] throughout, so MXFP4 bytes are only renamed.
 """
 
@@ -27,6 +29,7 @@ NVFP4_BLOCK = 16
 class Layout:
     naming: Literal["hf", "openai"]
     experts: Literal["mxfp4", "nvfp4", "bf16"]
+    dialect: Literal["own", "modelopt", "compressed-tensors"] = "own"  # of NVFP4
 
     @property
     def transposed(self) -> bool:
@@ -34,7 +37,8 @@ class Layout:
         return self.naming == "hf" and self.experts == "bf16"
 
     def __str__(self) -> str:
-        return f"{'Hugging Face' if self.naming == 'hf' else 'OpenAI original'}, experts in {self.experts.upper()}"
+        dialect = f" ({self.dialect})" if self.dialect != "own" else ""
+        return f"{'Hugging Face' if self.naming == 'hf' else 'OpenAI original'}, experts in {self.experts.upper()}{dialect}"
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,16 @@ class SafetensorsWriter:
         self._file = path.open("xb", buffering=0)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors of the file."""
+        return list(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the file."""
+        return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in self._tensors.values())
+
     def write(self, name: str, array: np.ndarray, row: int = 0) -> None:
         """Writes the tensor, or its rows (along the first dim) from `row` on; each once."""
         dtype, shape = self._tensors[name]

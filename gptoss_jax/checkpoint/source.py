@@ -11,14 +11,20 @@ import jax
 import numpy as np
 
 import gptoss_jax
-from gptoss_jax.checkpoint.hf_config import NVFP4_METHOD
+from gptoss_jax.checkpoint.hf_config import NVFP4_METHODS
 from gptoss_jax.checkpoint.hf_layout import MXFP4_BLOCK, NVFP4_BLOCK, Layout, Piece, TensorSpec, expected_tensors
+from gptoss_jax.checkpoint.nvfp4_layouts import under_own_names
 from gptoss_jax.checkpoint.store import TensorStore, open_store, read_json
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.formats import mxfp4, nvfp4
 from gptoss_jax.model import GptOssConfig
 
-_METHODS = {None: "bf16", "mxfp4": "mxfp4", NVFP4_METHOD: "nvfp4"}
+_METHODS = {None: ("bf16", "own"), "mxfp4": ("mxfp4", "own")} | {method: ("nvfp4", dialect) for dialect, method in NVFP4_METHODS.items()}
+# endings of tensor names that tell how experts are stored
+_ENDINGS = {
+    "_blocks": ("mxfp4", "own"), ".blocks": ("mxfp4", "own"), "_proj_packed": ("nvfp4", "own"), "_proj_weight_scale_2": ("nvfp4", "modelopt"),
+    "_proj.weight_global_scale": ("nvfp4", "compressed-tensors"),
+}  # fmt: skip
 # From scale byte 253 on, code 6 exceeds bfloat16 (6 * 2**126 > 2**128); 255 is NaN in E8M0, which clients decode as 2**128.
 FIRST_BAD_SCALE = 253
 # the small model that comes with the package; every command takes it as "nano"
@@ -119,7 +125,7 @@ def check_scales(scales: np.ndarray, where: str) -> None:
 
 
 def open_checkpoint(path: str | Path) -> SourceCheckpoint:
-    """Opens an HF directory (MXFP4 or BF16), OpenAI's original layout, an NVFP4 export of ours, a hub id ("openai/gpt-oss-20b"), or
+    """Opens an HF directory (MXFP4 or BF16), OpenAI's original layout, an NVFP4 export in any of its layouts, a hub id ("openai/gpt-oss-20b"), or
     "nano", the model that comes with the package.
 
     Headers and config are read and checked, no weights.
@@ -150,6 +156,8 @@ def open_unchecked(path: str | Path) -> SourceCheckpoint:
     except (CorruptError, TypeError, ValueError) as error:  # a value of a wrong type fails where it is used
         raise CorruptError(f"{directory / 'config.json'}: {error}") from None
     layout = _find_layout(directory, raw, store, "openai" if is_openai else "hf")
+    if layout.dialect != "own":
+        store = under_own_names(store, expected_tensors(config, layout), layout.dialect)
     return SourceCheckpoint(directory, layout, config, raw, store, revision)
 
 
@@ -182,19 +190,17 @@ def dtype_problems(source: SourceCheckpoint, *, as_released: bool = False) -> li
 
 def _find_layout(directory: Path, raw: Mapping[str, Any], store: TensorStore, naming: str) -> Layout:
     """The tensors say how the experts are stored; an HF config must say the same, or clients would load something else."""
-    keys = store.infos
-    if any(key.endswith(("_blocks", ".blocks")) for key in keys):
-        stored = "mxfp4"
-    else:
-        stored = "nvfp4" if any(key.endswith("_proj_packed") for key in keys) else "bf16"
+    stored, dialect = next((found for ending, found in _ENDINGS.items() if any(key.endswith(ending) for key in store.infos)), ("bf16", "own"))
     if naming == "hf":
         quantization = raw.get("quantization_config") or {}
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method not in _METHODS:
-            raise CorruptError(f"{directory / 'config.json'}: quant_method {method!r} is not supported (known: 'mxfp4', {NVFP4_METHOD!r})")
-        if _METHODS[method] != stored:
-            raise CorruptError(f"{directory / 'config.json'}: quant_method {method!r}, but the tensors hold experts in {stored.upper()}")
-    return Layout(naming, stored)
+            known = ", ".join(map(repr, list(_METHODS)[1:]))
+            raise CorruptError(f"{directory / 'config.json'}: quant_method {method!r} is not supported (known: {known})")
+        if _METHODS[method] != (stored, dialect):
+            name = stored.upper() if dialect == "own" else f"{stored.upper()} as {dialect} stores them"
+            raise CorruptError(f"{directory / 'config.json'}: quant_method {method!r}, but the tensors hold experts in {name}")
+    return Layout(naming, stored, dialect)
 
 
 def _from_openai(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def local_subject(checkpoint: str, numerics: str, dtype: str) -> Any:
     from gptoss_jax.checkpoint.models import load_model
     from gptoss_jax.evaluation import LocalSubject
 
-    return LocalSubject(load_model(checkpoint, jnp.dtype(dtype)), dtype=jnp.dtype(dtype), numerics=numerics)
+    return LocalSubject(load_model(checkpoint, jnp.dtype(dtype), apart=True), dtype=jnp.dtype(dtype), numerics=numerics)
 
 
 def served_subject(checkpoint: str, url: str, model: str | None, timeout: float) -> Any:

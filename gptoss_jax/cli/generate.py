@@ -90,7 +90,7 @@ def open_model(checkpoint: str, dtype: str, packed: bool, batch_size: int = 1) -
     from gptoss_jax.data import load_tokenizer
     from gptoss_jax.evaluation.generate import Generator
 
-    model = load_model(checkpoint, jnp.dtype(dtype), packed=packed)
+    model = load_model(checkpoint, jnp.dtype(dtype), packed=packed, apart=True)
     generator = Generator(model.config, model.params, dtype, expert_quant=model.expert_quant(jnp.dtype(dtype)), batch_size=batch_size)
     return model, load_tokenizer(model.directory), generator
 

@@ -29,7 +29,7 @@ def plan(
     Args:
         overrides: settings over those of the file, as model=120b data.row_length=131072 mesh=auto.
         config: YAML file of a training run.
-        device: a100, h100, h200, b200 or gb200.
+        device: a100, rtx4090, h100, h200, b200 or gb200.
         devices: how many; default those of the config's mesh.
         nodes: machines that they are in; default as few as devices of this kind allow.
         efficiency: assumed share of the dense BF16 peak that products reach; default 0.3.
@@ -54,6 +54,8 @@ def plan(
         network_rate=scaled(network_gb_s, 1e9),
     )  # fmt: skip
     count = devices or train.mesh.size
+    if train.lora and count > 1:
+        raise UsageError(f"lora runs on one device, not {count}")
     if nodes is not None:
         if nodes < 1 or count % nodes:
             raise UsageError(f"{count} devices cannot be dealt to {nodes} nodes evenly")

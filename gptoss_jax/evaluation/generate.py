@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from gptoss_jax.checkpoint.hashes import to_host
 from gptoss_jax.data.harmony import HarmonyEncoder, render
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.answers import STOP_TOKENS, Answer, parse_answer
@@ -166,10 +167,10 @@ class Generator:
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
             rows = self._start(how, [prompts[i] for i in index], index, max_new_tokens, sampling.seed, stops)
-            collect(index, np.asarray(rows.token_B)[:, None])
-            while not np.asarray(rows.done_B).all():
+            collect(index, to_host(rows.token_B)[:, None])
+            while not to_host(rows.done_B).all():
                 rows, tokens_BC = _go_on(how, self.params, rows, stops, 1 if on_token else CHUNK)
-                collect(index, np.asarray(tokens_BC))
+                collect(index, to_host(tokens_BC))
         return [np.array(tokens, np.int32) for tokens in results]
 
     def answer(

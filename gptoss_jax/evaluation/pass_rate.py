@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptoss_jax.checkpoint.hashes import to_host
 from gptoss_jax.data.batches import one_pass
 from gptoss_jax.data.harmony import encode_conversations
 from gptoss_jax.data.packing import Batch, Packed, pack
@@ -135,8 +136,8 @@ def score(predict: Predict, evaluation_set: EvaluationSet, report: Callable[[int
     tokens, loss = [], []
     for number, batch in enumerate(evaluation_set.batches(), 1):
         prediction = predict(batch)
-        tokens.append(np.asarray(prediction.tokens_BT))
-        loss.append(np.where(batch.loss_weights_BT > 0, np.asarray(prediction.loss_BT), 0.0))
+        tokens.append(to_host(prediction.tokens_BT))
+        loss.append(np.where(batch.loss_weights_BT > 0, to_host(prediction.loss_BT), 0.0))
         if report:
             report(min(len(evaluation_set.rows), number * evaluation_set.batch_size * len(evaluation_set.rows) // len(packed.rows.tokens_BT)))
     tokens_NT, loss_NT = np.concatenate(tokens), np.concatenate(loss)

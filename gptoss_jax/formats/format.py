@@ -20,6 +20,7 @@ class Format(Protocol):
       magnitudes: the non-negative numbers of the element type, in increasing order.
       stochastic: whether encoding needs a key (shape [2], or [*lead, 2] as in `noise`); with the others it must not be given.
       export_problem: why no file may hold such codes; None where one may.
+      needs_all_experts: whether the codes of one expert depend on the others of its projection.
     """
 
     name: ClassVar[str]
@@ -32,6 +33,8 @@ class Format(Protocol):
     def stochastic(self) -> bool: ...
     @property
     def export_problem(self) -> str | None: ...
+    @property
+    def needs_all_experts(self) -> bool: ...
 
     def encode(self, x: Float[Array, "*batch n"], key: Key | None = None) -> Any:
         """Codes of float32 or bfloat16 values."""
@@ -71,6 +74,10 @@ class FormatOptions:
     @property
     def exportable(self) -> bool:
         return self.export_problem is None
+
+    @property
+    def needs_all_experts(self) -> bool:
+        return False
 
     def _rounding_problem(self) -> str | None:
         """Why the rounding of the elements cannot be reproduced from what a file records."""

@@ -34,10 +34,11 @@ from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int32, UInt8, UInt32
 
 from gptoss_jax.formats import bits as fb
 from gptoss_jax.formats.bits import check_block_size
-from gptoss_jax.formats.element_round import check_element_round, checked_key, rounded_index
-from gptoss_jax.formats.minifloat import E2M1, E4M3_NAN, e2m1_index, e2m1_value, e4m3_value
+from gptoss_jax.formats.element_round import check_element_round, checked_key
+from gptoss_jax.formats.minifloat import E4M3_NAN, e2m1_value, e4m3_value
 from gptoss_jax.formats.noise import Key
-from gptoss_jax.formats.nvfp4_scales import block_error, exact_scales, is_less, pow2_scales, quotient_bits
+from gptoss_jax.formats.nvfp4_elements import element_index, nearest_magnitude
+from gptoss_jax.formats.nvfp4_scales import block_error, exact_scales, is_less, pow2_scales
 from gptoss_jax.formats.parts import Parts
 
 BLOCK_SIZE = 16
@@ -186,12 +187,13 @@ def _encode_unpacked(
     scales = pow2_scales if options.global_scale == "pow2" else exact_scales
     g, (byte, *at_4) = scales(amax, amax_block, options.four_six is not None, options.scale_round == "up")
     if options.four_six:
-        errors = [block_error(mag, amax_block, _nearest_magnitude(mag, amax_block, b, g, options), options.four_six) for b in (byte, *at_4)]
+        candidates = [nearest_magnitude(mag, amax_block, candidate, g, options.global_scale) for candidate in (byte, *at_4)]
+        errors = [block_error(mag, amax_block, w, options.four_six) for w in candidates]
         byte = jnp.where(is_less(errors[1], errors[0]), at_4[0], byte)
     byte = jnp.where(amax_block < fb.INF, byte, E4M3_NAN).astype(jnp.uint8)
     step = e4m3_value(byte) * g  # NaN in a non-finite block: every comparison below is false there
 
-    index = _index(mag, amax_block, step, options, key)
+    index = element_index(mag, amax_block, step, options.global_scale, options.element_round, key)
     if options.global_scale == "pow2":
         sign = (x_bits >> 28) & 8
     else:
@@ -206,43 +208,6 @@ def _measured_amax(x_bits: Int32[Array, "*batch C Q"], mag: Int32[Array, "*batch
     dims = tuple(range(max(x_bits.ndim - (3 if per_expert else 4), 0), x_bits.ndim))
     amax = jnp.max(fb.block_maximum(jnp.where(mag < fb.INF, x_bits, 0)), axis=dims, keepdims=True)
     return amax if per_expert else jnp.broadcast_to(amax, (*x_bits.shape[:-3], *[1] * min(x_bits.ndim, 3)))
-
-
-def _index(
-    mag: Int32[Array, "*batch C Q"], amax_block: Int32[Array, "*batch C 1"], step: Float32[Array, "*batch C 1"], options: Options, key: Key | None
-) -> Int32[Array, "*batch C Q"]:
-    """E2M1 index of every element; 0 in a block that is not finite."""
-    if options.global_scale == "pow2" and options.element_round in ("rne", "away"):
-        return _nearest_by_products(fb.from_bits(mag), step, options.element_round == "away")
-    quotient = quotient_bits(mag, lax.bitcast_convert_type(step, jnp.int32))
-    if options.element_round == "rne":
-        index = e2m1_index(quotient)
-        return jnp.where(amax_block < fb.INF, index, 0)
-    index = rounded_index(quotient, E2M1, options.element_round, key)
-    return jnp.where((amax_block < fb.INF) & (mag > 0), index, 0)
-
-
-def _nearest_magnitude(
-    mag: Int32[Array, "*batch C Q"],
-    amax_block: Int32[Array, "*batch C 1"],
-    byte: Int32[Array, "*batch C 1"],
-    g: Float32[Array, "..."],
-    options: Options,
-) -> Int32[Array, "*batch C Q"]:
-    """Bits of the magnitudes to which nearest rounding with this block scale leads."""
-    step = e4m3_value(byte.astype(jnp.uint8)) * g
-    index = _index(mag, amax_block, step, options._replace(element_round="rne"), None)
-    return lax.bitcast_convert_type(e2m1_value(index.astype(jnp.uint32)) * step, jnp.int32)
-
-
-def _nearest_by_products(a: Float32[Array, "..."], step: Float32[Array, "..."], is_away: bool) -> Int32[Array, "..."]:
-    """E2M1 index of a/step without the division: three comparisons with midpoint * step, a binary search of the index. Of the ties, those of the
-    last comparison go down to the even index, or away from zero."""
-    above_4 = a >= 1.75 * step
-    above_2 = a >= jnp.where(above_4, 3.5, 0.75) * step
-    last = jnp.where(above_4, jnp.where(above_2, 5.0, 2.5), jnp.where(above_2, 1.25, 0.25))
-    above_1 = a >= last * step if is_away else a > last * step
-    return above_4.astype(jnp.int32) * 4 + above_2.astype(jnp.int32) * 2 + above_1.astype(jnp.int32)
 
 
 def _decode_unpacked(

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptoss_jax.formats import mx, mxfp4, nvfp4
+from gptoss_jax.formats import mx, mxfp4, nvfp4, nvfp4_cast
 from gptoss_jax.formats.format import FormatOptions
 from gptoss_jax.formats.minifloat import E2M1
 from gptoss_jax.formats.noise import Key
@@ -71,6 +71,9 @@ class Nvfp4(FormatOptions):
 
         w, codes = fmt.encode_decode(x, dtype, amax=state)
         state = nvfp4.tensor_amax(x)
+
+    `mxfp4_rule` makes it MXFP4 in other clothes: weights are encoded in MXFP4 by this scale rule, and the codes are cast, which rounds nothing
+    (`nvfp4_cast`).
     """
 
     global_scale: str = "pow2"
@@ -81,6 +84,7 @@ class Nvfp4(FormatOptions):
     tensor_amax: float | str = "dynamic"
     per_expert: bool = True
     seed: int | None = None
+    mxfp4_rule: str | None = None
 
     name: ClassVar[str] = "nvfp4"
     magnitudes: ClassVar[tuple[float, ...]] = E2M1.magnitudes
@@ -92,6 +96,12 @@ class Nvfp4(FormatOptions):
         if not (0 < self.tensor_amax < math.inf if is_number else self.tensor_amax in ("dynamic", "given")):
             raise ValueError(f"tensor_amax is 'dynamic', 'given' or a positive number, not {self.tensor_amax!r}")
         self._check_seed()
+        if self.mxfp4_rule is not None:
+            mxfp4.check_options(mxfp4.Options(self.mxfp4_rule))
+            if is_number or self._options._replace(per_expert=True) != nvfp4.Options():
+                raise ValueError(f"mxfp4_rule={self.mxfp4_rule!r} is a cast of codes: it goes with the defaults of all else but per_expert")
+            if self.mxfp4_rule == "mse" and not self.per_expert:
+                raise ValueError("mxfp4_rule='mse' needs per_expert: its largest scale does not follow from the largest weight")
 
     @property
     def _options(self) -> nvfp4.Options:
@@ -107,14 +117,24 @@ class Nvfp4(FormatOptions):
             return f"NVFP4 files have blocks of 16, not {self.block}"
         if self.tensor_amax == "given":
             return "its global scale comes from a maximum that no file records"
-        if not self.per_expert:
-            return "NVFP4 files of this library have one global scale per expert, and experts are encoded in groups"
         return self._rounding_problem()
+
+    @property
+    def has_one_global_scale(self) -> bool:
+        """Whether all experts of a projection have the same global scale."""
+        return not self.per_expert or self.tensor_amax not in ("dynamic", "given")
+
+    @property
+    def needs_all_experts(self) -> bool:
+        return not self.per_expert and self.tensor_amax == "dynamic"
 
     def encode(
         self, x: Float[Array, "*batch n"], key: Key | None = None, amax: Float[Array, "*matrices"] | float | None = None
     ) -> nvfp4.Codes:
-        return nvfp4.encode(x, options=self._options, key=key, amax=self._amax(amax))
+        amax = self._amax(amax)
+        if self.mxfp4_rule is not None:
+            return nvfp4_cast.encode(x, self.mxfp4_rule, self.per_expert, amax)
+        return nvfp4.encode(x, options=self._options, key=key, amax=amax)
 
     def decode(self, q: nvfp4.Codes, dtype=jnp.bfloat16) -> Float[Array, "*batch n"]:
         return nvfp4.decode(q, dtype, self.block)
@@ -122,6 +142,9 @@ class Nvfp4(FormatOptions):
     def encode_decode(
         self, x: Float[Array, "*batch n"], dtype, key: Key | None = None, amax: Float[Array, "*matrices"] | float | None = None
     ) -> tuple[Float[Array, "*batch n"], nvfp4.Codes]:
+        if self.mxfp4_rule is not None:
+            q = self.encode(x, key, amax)
+            return self.decode(q, dtype), q
         return nvfp4.encode_decode(x, self._options, dtype, key, self._amax(amax))
 
     def parts(self, q: nvfp4.Codes) -> Parts:

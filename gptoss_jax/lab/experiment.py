@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.evaluation.tasks import SFT
-from gptoss_jax.lab.parts import export_of, quantizer_of, tools_of
+from gptoss_jax.lab.parts import parse_export, quantizer_of, tools_of
 from gptoss_jax.strict_yaml import merge
 from gptoss_jax.training.config import PositiveFloat, PositiveInt, Ratio, Section
 from gptoss_jax.training.yaml_config import parse_override, read_yaml
@@ -74,7 +74,7 @@ class Arm(Section):
             raise ValueError("quantizer needs a format, and takes the place of fake quantization with an estimator")
         if not self.steps and (self.tools or self.distill):
             raise ValueError("steps: 0 is no training, so tools and distill mean nothing")
-        quantizer_of(self), tools_of(self), export_of(self)
+        quantizer_of(self), tools_of(self), parse_export(self.export)
         return self
 
 

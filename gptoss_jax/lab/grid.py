@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ from typing import Any
 from gptoss_jax.errors import CorruptError, RunError, UsageError
 from gptoss_jax.lab.experiment import Arm, Experiment, NamedArm, fingerprint, load_experiment
 from gptoss_jax.lab.held_out import deployed, deployed_format, rounding_of
-from gptoss_jax.lab.parts import export_of, quantizer_of
-from gptoss_jax.lab.stages import Say, Stages, locked
+from gptoss_jax.lab.parts import parse_export, quantizer_of
+from gptoss_jax.lab.stages import Say, Stages, label_of, locked
 from gptoss_jax.training.recipe.results import write_atomic
 
 RESULTS, EXPERIMENT, STAGES = "results", "experiment.json", "stages"
+MOST_CURVES = 3  # exports of the same weights whose loss is followed during training
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def work(
       done: called with every task that this process finished.
     """
     stages = Stages(experiment, out.parent / STAGES, say)
-    uses = Counter(fingerprint(stages.settings(task.arm.settings, task.seed)) for task in tasks)
+    name = lambda task: fingerprint(stages.settings(task.arm.settings, task.seed))
+    sharing: dict[str, list[Arm]] = {}
+    for task in tasks:
+        sharing.setdefault(name(task), []).append(task.arm.settings)
     _sft_first(stages, [task for task in tasks if not task.file(out).exists()])
     for task in tasks:
         file = task.file(out)
@@ -111,8 +114,7 @@ def work(
         with locked(file.with_suffix(".lock"), wait=False) as mine:
             if mine and not file.exists():
                 say(str(task))
-                shared = uses[fingerprint(stages.settings(task.arm.settings, task.seed))] > 1
-                write_atomic(file, json.dumps(_result(stages, task, shared)) + "\n")
+                write_atomic(file, json.dumps(_result(stages, task, sharing[name(task)])) + "\n")
                 done(task)
 
 
@@ -130,14 +132,15 @@ def _sft_first(stages: Stages, tasks: list[Task]) -> None:
                 stages.sft(arm, task.seed)
 
 
-def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
-    """Trains and measures one arm."""
+def _result(stages: Stages, task: Task, sharing: list[Arm]) -> dict[str, Any]:
+    """Trains and measures one arm. `sharing`: all arms, itself among them, that deploy the same weights; the first exports get a curve."""
     import jax
 
     start, arm, seed = time.monotonic(), task.arm.settings, task.seed
     sft = stages.sft(arm, seed)
-    final = stages.final(arm, seed, keep=keep)
-    quantizer, export = quantizer_of(arm), export_of(arm)
+    exports = list({label_of(other.export): other.export for other in sharing}.values())[:MOST_CURVES]
+    final = stages.final(arm, seed, keep=len(sharing) > 1, exports=exports)
+    quantizer, export = quantizer_of(arm), parse_export(arm.export)
     made = deployed(stages.model.config, final.params, final.extra, quantizer, export)
     measured = stages.held_out.measure(made)
     measured["rounding"] = rounding_of(final.params, made, stages.model.params, deployed_format(quantizer, export))
@@ -148,8 +151,8 @@ def _result(stages: Stages, task: Task, keep: bool) -> dict[str, Any]:
         "definition": definition(stages.experiment, task),
         "measured": measured,
         "history": final.record["history"],
-        "curve": final.record["curve"],
-        "sft": {name: sft.record[name] for name in ("history", "curve")},
+        "curve": final.record["curve"].get(label_of(arm.export), []),
+        "sft": {"history": sft.record["history"], "curve": sft.record["curve"].get("bf16", [])},
         "seconds": {"arm": round(time.monotonic() - start, 2), "training": round(final.record["seconds"], 2)},
         "versions": {"jax": jax.__version__, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()},
     }

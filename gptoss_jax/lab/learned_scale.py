@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from gptoss_jax.formats import Format, Mxfp4, Nvfp4, get_format, mxfp4, nvfp4
 from gptoss_jax.formats import bits as fb
 from gptoss_jax.formats.minifloat import e2m1_value, e4m3_byte, e4m3_value
-from gptoss_jax.lab.oscillation.common import Params, experts
+from gptoss_jax.lab.quantizer import Params, expert_names
 from gptoss_jax.lab.straight import straight
 
 _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))  # and whether a tie goes up
@@ -141,13 +141,13 @@ class _LearnedScale:
 
     def __call__(self, params: Params, extra: Params, key: Array, step: Array) -> dict[str, Array]:
         made = {}
-        for name in experts(params):
+        for name in expert_names(params):
             grid, store = self._scales(name, params[name], extra)
             made[name] = scaled_round(params[name], grid.value, store.value, self.format)
         return {**params, **made}
 
     def round(self, params: Params, extra: Params) -> dict[str, Array]:
-        return {**params, **lax.stop_gradient({name: w for name, w in self(params, extra, None, None).items() if name in experts(params)})}
+        return {**params, **lax.stop_gradient({name: w for name, w in self(params, extra, None, None).items() if name in expert_names(params)})}
 
     def encode(self, params: Params, extra: Params) -> dict[str, mxfp4.Codes | nvfp4.Codes]:
         """The codes of every expert projection; decoded they are `round`.
@@ -157,7 +157,7 @@ class _LearnedScale:
         """
         if not getattr(self, "on_grid", True):
             raise ValueError("dual_lsq with on_grid=False has scales that are no E8M0 or E4M3 numbers: nothing can store them")
-        return {name: encode(params[name], *self._scales(name, params[name], extra), self.format) for name in experts(params)}
+        return {name: encode(params[name], *self._scales(name, params[name], extra), self.format) for name in expert_names(params)}
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Lsq(_LearnedScale):
 
     def init(self, params: Params) -> dict[str, Array]:
         """`<param>.log2_scale` / 64 or `<param>.amax`, float32 [*batch, C]."""
-        return {name + self.suffix: best_trained(params[name], self.format) / self.rate for name in experts(params)}
+        return {name + self.suffix: best_trained(params[name], self.format) / self.rate for name in expert_names(params)}
 
     def _scales(self, name: str, w: Array, extra: Mapping[str, Array]) -> tuple[Scale, Scale]:
         scale = self._scale(w, extra[name + self.suffix])
@@ -198,7 +198,7 @@ class DualLsq(_LearnedScale):
     def init(self, params: Params) -> dict[str, Array]:
         """`<param>.log2_scale_pre`, `_post` (/ 64) or `<param>.amax_pre`, `_post`. The first gets no gradient under `learn="post"`."""
         made = {}
-        for name in experts(params):
+        for name in expert_names(params):
             best = best_trained(params[name], self.format) / self.rate
             made |= {f"{name}{self.suffix}_pre": best, f"{name}{self.suffix}_post": jnp.array(best)}
         return made

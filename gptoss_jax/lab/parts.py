@@ -41,17 +41,17 @@ def tools_of(arm: Any) -> tuple[Tool, ...]:
     return tuple(_make(TOOLS, "tool", spec, given) for spec in arm.tools)
 
 
-def export_of(arm: Any) -> str | Format:
+def parse_export(spec: str | dict[str, Any]) -> str | Format:
     """`same`, `bf16`, or a format for the masters.
 
     Raises:
       ValueError: what is none, or a format that draws at random without a seed.
     """
-    if arm.export in ("same", "bf16"):
-        return arm.export
-    fmt = parse_format(arm.export)
+    if spec in ("same", "bf16"):
+        return spec
+    fmt = parse_format(spec)
     if fmt.stochastic and fmt.seed is None:
-        raise ValueError(f"export = {arm.export!r}: a format that rounds at random needs a seed, from which the file can be made again")
+        raise ValueError(f"export = {spec!r}: a format that rounds at random needs a seed, from which the file can be made again")
     return fmt
 
 

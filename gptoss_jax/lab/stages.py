@@ -9,7 +9,7 @@ Two processes that need the same stage wait for each other (a lock on ROOT/HASH.
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,21 +30,28 @@ from gptoss_jax.lab import trainer
 from gptoss_jax.lab.experiment import Arm, Experiment, fingerprint
 from gptoss_jax.lab.held_out import HeldOut, deployed
 from gptoss_jax.lab.noise import move_in_cell
-from gptoss_jax.lab.parts import export_of, quantizer_of, tools_of
+from gptoss_jax.lab.parts import parse_export, quantizer_of, tools_of
 from gptoss_jax.lab.quantizer import Quantizer, Unquantized
 from gptoss_jax.training.config import DistillConfig, ScheduleConfig, TrainConfig, parse
 
 Say = Callable[[str], None]
+VERSION = 2  # of what is on disk; others are not read
+NOTHING = {"history": {}, "curve": {}, "seconds": 0.0}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Trained weights (float32), the quantizer's own arrays, and what was recorded on the way: `history` by name, a number per step; `curve`,
-    (step, held-out loss as deployed) pairs."""
+    """Trained weights (float32), the quantizer's own arrays, and what was recorded on the way: `history`, a number per step by name; `curve`,
+    (step, held-out loss as deployed) pairs by `label_of` the export."""
 
     params: dict[str, Array]
     extra: dict[str, Array]
     record: dict[str, Any]
+
+
+def label_of(export: Any) -> str:
+    """Of an export as an arm has it: its name in `curve`."""
+    return export if isinstance(export, str) else json.dumps(export, sort_keys=True)
 
 
 @contextmanager
@@ -99,20 +106,20 @@ class Stages:
     def sft(self, arm: Arm, seed: int) -> Stage:
         """The weights that the arm's further training starts from."""
         if arm.start == "base":
-            return Stage(self.base(arm, seed), {}, {"history": {}, "curve": [], "seconds": 0.0})
+            return Stage(self.base(arm, seed), {}, NOTHING)
         train = self._train_config(arm.sft.steps, arm.sft.learning_rate, arm.sft.min_ratio, seed)
-        return self._kept(self.sft_settings(arm, seed), lambda: self._train(train, Unquantized(), self.base(arm, seed), seed, export="bf16"))
+        return self._kept(self.sft_settings(arm, seed), lambda: self._train(train, Unquantized(), self.base(arm, seed), seed, ["bf16"]))
 
-    def final(self, arm: Arm, seed: int, *, keep: bool) -> Stage:
-        """The weights that the arm deploys; `keep` them for other arms."""
+    def final(self, arm: Arm, seed: int, *, keep: bool, exports: Sequence[Any] = ("same",)) -> Stage:
+        """The weights that the arm deploys; `keep` them for other arms, whose `exports` get a curve too."""
         start = self.sft(arm, seed)
         if not arm.steps:
-            return Stage(start.params, quantizer_of(arm).init(start.params), {"history": {}, "curve": [], "seconds": 0.0})
+            return Stage(start.params, quantizer_of(arm).init(start.params), NOTHING)
         train = self._train_config(arm.steps, arm.learning_rate, arm.min_ratio, seed)
         if arm.distill:
             train = train.model_copy(update={"distill": DistillConfig(teacher="sft", weight=arm.distill)})
-        options = {"tools": tools_of(arm), "context": start.params if arm.distill else None, "export": export_of(arm)}
-        make = lambda: self._train(train, quantizer_of(arm), start.params, seed, **options)
+        options = {"tools": tools_of(arm), "context": start.params if arm.distill else None}
+        make = lambda: self._train(train, quantizer_of(arm), start.params, seed, exports, **options)
         return self._kept(self.settings(arm, seed), make) if keep else make()
 
     def _train_config(self, steps: int, learning_rate: float, min_ratio: float, seed: int) -> TrainConfig:
@@ -120,13 +127,15 @@ class Stages:
         train = parse({"steps": steps, "optimizer": optimizer, "compute_dtype": "float32", "remat": "products"})
         return train.model_copy(update={"seed": seed, "schedule": schedule})
 
-    def _train(self, train: TrainConfig, quantizer: Quantizer, params, seed: int, *, export, tools=(), context=None) -> Stage:
-        start, curve = time.monotonic(), []
-        every = self.experiment.evaluation.curve_every
+    def _train(self, train: TrainConfig, quantizer: Quantizer, params, seed: int, exports: Sequence[Any], tools=(), context=None) -> Stage:
+        start, every = time.monotonic(), self.experiment.evaluation.curve_every
+        curve: dict[str, list[tuple[int, float]]] = {label_of(export): [] for export in exports}
 
         def watch(step, params, extra):
             if every and (step % every == 0 or step == train.steps):
-                curve.append((step, self.held_out.loss(deployed(self.model.config, params, extra, quantizer, export))))
+                for export in exports:
+                    made = deployed(self.model.config, params, extra, quantizer, parse_export(export))
+                    curve[label_of(export)].append((step, self.held_out.loss(made)))
 
         loss = trainer.training_loss(self.model.config, train)
         batches = BatchStream(self._rows(seed), self.experiment.data.rows, seed, self.tokenizer)
@@ -143,7 +152,7 @@ class Stages:
 
     def _kept(self, settings: dict[str, Any], make: Callable[[], Stage]) -> Stage:
         """The stage with these settings from the disk, made if it is not there."""
-        place = self.root / fingerprint(settings)
+        place = self.root / fingerprint({**settings, "version": VERSION})
         with locked(place.with_suffix(".lock")):
             if not place.with_suffix(".json").exists():
                 stage = make()

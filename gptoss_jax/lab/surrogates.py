@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.formats.bits import join_blocks
-from gptoss_jax.lab.oscillation.common import Params, experts
+from gptoss_jax.lab.quantizer import Params, expert_names
 from gptoss_jax.lab.straight import straight
 from gptoss_jax.quant.cells import cells_of
 from gptoss_jax.quant.estimators.zoo import soft_slope, soft_value
@@ -38,7 +38,7 @@ class _Surrogate:
         return {}
 
     def round(self, params: Params, extra: Params) -> dict[str, Array]:
-        return {**params, **{name: self.format.encode_decode(params[name], params[name].dtype)[0] for name in experts(params)}}
+        return {**params, **{name: self.format.encode_decode(params[name], params[name].dtype)[0] for name in expert_names(params)}}
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self), "format": self.format.to_dict()}
@@ -73,7 +73,7 @@ class SoftRounding(_Surrogate):
             value, slope = join_blocks(soft_value(cells, temperature) * cells.scale), join_blocks(soft_slope(cells, temperature))
             return straight(value, slope * w)
 
-        return {**params, **{name: soft(params[name]) for name in experts(params)}}
+        return {**params, **{name: soft(params[name]) for name in expert_names(params)}}
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ class PseudoNoise(_Surrogate):
             noise = jax.random.uniform(key, cells.y.shape, minval=-0.5, maxval=0.5)
             return w + join_blocks(noise * cells.width * cells.scale)
 
-        return {**params, **{name: noisy(params[name], jax.random.fold_in(key, n)) for n, name in enumerate(experts(params))}}
+        return {**params, **{name: noisy(params[name], jax.random.fold_in(key, n)) for n, name in enumerate(expert_names(params))}}

@@ -22,7 +22,8 @@ from gptoss_jax.model.context import Context
 from gptoss_jax.model.rope import rope_tables
 from gptoss_jax.model.transformer import Params, build_model
 from gptoss_jax.ops.grouped_matmul.xla import bits, values
-from gptoss_jax.quant import ExpertQuant, plain_cast, with_activations
+from gptoss_jax.quant import ExpertQuant, LoraWeight, merged_weight, plain_cast, with_activations
+from gptoss_jax.quant.two_way import forward_weight
 
 _EXPERT_MATRIX = re.compile(r"experts\.(gate_up_proj|down_proj)$")
 _CAST = re.compile(r"(_proj\.weight|embed_tokens\.weight|lm_head\.weight)$")  # what the forward pass casts; norms, router, biases and sinks stay
@@ -31,8 +32,9 @@ _CAST = re.compile(r"(_proj\.weight|embed_tokens\.weight|lm_head\.weight)$")  # 
 def prepare_params(params: Params, dtype, expert_quant: ExpertQuant | None = None) -> dict[str, Array | mxfp4.Codes]:
     """The compute weights of a forward pass in `dtype`, made once: every cast, and the quantization of the experts, bit for bit.
 
-    Arrays that need no change are handed through, not copied. Expert projections that are MXFP4 codes already stay packed. On a CPU bfloat16 arrays
-    are kept as uint16 bits (`gptoss_jax.ops.grouped_matmul.xla.bits`).
+    Arrays that need no change are handed through, not copied. Expert projections that are MXFP4 codes already stay packed, and so do those that come
+    of codes and adapters where `expert_quant` gives MXFP4 codes; other adapters are merged. On a CPU bfloat16 arrays are kept as uint16 bits
+    (`gptoss_jax.ops.grouped_matmul.xla.bits`).
     """
     dtype = jnp.dtype(dtype)
     as_bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
@@ -42,23 +44,36 @@ def prepare_params(params: Params, dtype, expert_quant: ExpertQuant | None = Non
         if isinstance(value, mxfp4.Codes) or not (projection or _CAST.search(name)):
             return value
         quant = projection and expert_quant and partial(expert_quant, projection[1])
-        if quant and jax.eval_shape(quant, value)[1] is None:
+        if quant and jax.eval_shape(quant, _one_layer(value))[1] is None:
             quant = None  # it has no codes: a cast
-        unchanged = quant is None and value.dtype == dtype and not as_bits
+        unchanged = quant is None and value.dtype == dtype and not as_bits and not isinstance(value, LoraWeight)
         return value if unchanged else _ready(value, projection[1] if quant else None, expert_quant if quant else None, dtype, as_bits)
 
     return {name: one(name, value) for name, value in params.items()}
 
 
+def _one_layer(value):
+    """Shapes of the first of stacked experts."""
+    return jax.eval_shape(lambda x: jax.tree.map(lambda leaf: leaf[0], x) if value.ndim == 4 else x, value)
+
+
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _ready(value, projection: str | None, quant: ExpertQuant | None, dtype, as_bits: bool):
     """The compute weight of one parameter; quantized layer by layer, so that what this needs besides its result is one layer's."""
-    if quant is None:
+    adapted = isinstance(value, LoraWeight)
+    packed = adapted and isinstance(value.base, mxfp4.Codes)
+
+    def of_layer(layer):
+        if quant is None:
+            return merged_weight(layer).astype(dtype)
+        weight, codes = quant(projection, layer)
+        return codes if packed and isinstance(codes, mxfp4.Codes) else forward_weight(weight)
+
+    if quant is None and not adapted:
         ready = value.astype(dtype)
     else:
-        of_layer = lambda layer: quant(projection, layer)[0]
         ready = lax.map(of_layer, value) if value.ndim == 4 else of_layer(value)
-    return bits(ready) if as_bits else ready
+    return bits(ready) if as_bits and not isinstance(ready, mxfp4.Codes) else ready
 
 
 def _context(positions_BT, segment_ids_BT, config: GptOssConfig, dtype, backend, activations, stacked, lengths_B=None) -> Context:

@@ -1,5 +1,7 @@
 """RMSNorm and the biased linear layer. Weights are stored [out, in] as in the checkpoints; nothing is transposed at load or export."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.model.weights import weight
 from gptoss_jax.precision import wide
+from gptoss_jax.quant import LoraWeight
 
 
 class RMSNorm(nnx.Module):
@@ -23,12 +26,18 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` in the dtype of x with float32 accumulation."""
+    """`x @ weight.T + bias` in the dtype of x with float32 accumulation; with an adapter `x @ W0.T + (x @ A.T) @ (s B).T + bias`."""
 
     def __init__(self, size_in: int, size_out: int, axes: tuple[str, str], *, rngs, dtype, layers: int | None = None):
         self.weight = weight(rngs, (size_out, size_in), axes, layers=layers, dtype=dtype)
         self.bias = weight(rngs, (size_out,), axes[:1], layers=layers, dtype=dtype, init="zeros")
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        out = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=wide(x.dtype))
+        stored = self.weight.get_value()
+        product = partial(jnp.einsum, "...i,oi->...o", preferred_element_type=wide(x.dtype))
+        if isinstance(stored, LoraWeight):
+            a, b = stored.factors(x.dtype)
+            out = product(x, stored.decoded_base(x.dtype)) + product(product(x, a).astype(x.dtype), b)
+        else:
+            out = product(x, stored.astype(x.dtype))
         return (out + self.bias[...].astype(out.dtype)).astype(x.dtype)

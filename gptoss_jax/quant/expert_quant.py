@@ -9,14 +9,16 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
+from gptoss_jax.quant.estimators import Ste
 from gptoss_jax.quant.fake_quant import fake_quant_with_codes
 from gptoss_jax.quant.gather import Gather, cast_and_gather
+from gptoss_jax.quant.lora import Adapted, LoraWeight, quantized, unquantized
 from gptoss_jax.quant.policy import QuantPolicy
 from gptoss_jax.quant.two_way import TwoWay
 
 # expert_quant(projection, stored weight [E, out, in], gather) -> (compute weight, codes it was decoded from; None where not quantized).
-# With `gather`, inside a `jax.shard_map`, the stored weight and the codes are a shard and the compute weight is whole.
-ExpertQuant = Callable[[str, Float[Array, "E out in"], Gather | None], tuple[Float[Array, "G out in"] | TwoWay, Any | None]]
+# With `gather`, inside a `jax.shard_map`, stored weight and codes are a shard and the compute weight is whole. A `LoraWeight` gives `Adapted`.
+ExpertQuant = Callable[[str, Float[Array, "E out in"] | LoraWeight, Gather | None], tuple[Float[Array, "G out in"] | TwoWay | Adapted, Any | None]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def plain_cast(dtype) -> ExpertQuant:
     """The cast to the compute dtype, without codes: SFT."""
 
     def cast(projection, stored, gather=None):
+        if isinstance(stored, LoraWeight):
+            return unquantized(stored, dtype), None
         return jax.tree.map(lambda x: cast_and_gather(x, dtype, gather) if gather else x.astype(dtype), stored), None
 
     return cast
@@ -78,6 +82,11 @@ def make_expert_quant(policy: QuantPolicy | None, compute_dtype) -> ExpertQuant:
         fmt = formats[projection]
         if fmt is None:
             return plain_cast(compute_dtype)(projection, stored, gather)
+        if isinstance(stored, LoraWeight):
+            if policy.estimator != Ste() or policy.backward_weight != "quantized":
+                raise ValueError(f"adapters are trained straight-through, not with {policy.estimator}, backward_weight {policy.backward_weight}")
+            with jax.named_scope(f"fake_quant_{projection}"):
+                return quantized(stored, fmt, compute_dtype)
         with jax.named_scope(f"fake_quant_{projection}"):
             weight, codes = fake_quant_with_codes(stored, fmt, policy.estimator, dtype=compute_dtype, gather=gather)
         if policy.backward_weight == "original":

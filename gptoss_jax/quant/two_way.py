@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
+from gptoss_jax.quant.lora import Adapted
+
 
 class TwoWay(NamedTuple):
     """Accepted by `ops.experts` and `ops.grouped_matmul` in place of a weight [E, out, in]; both parts of one shape and dtype."""
@@ -20,4 +22,6 @@ class TwoWay(NamedTuple):
 
 def forward_weight(weight: Any) -> Any:
     """The part that computes."""
+    if isinstance(weight, Adapted):
+        return weight.weight
     return weight.forward if isinstance(weight, TwoWay) else weight

@@ -26,6 +26,7 @@ from pydantic import (
 from gptoss_jax.data.sources import Source
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Format, format_from_dict, get_format
+from gptoss_jax.model.lora import LoraSpec
 from gptoss_jax.quant.estimators import Estimator, Ste, estimator_from_dict, estimator_to_dict, get_estimator
 from gptoss_jax.sharding.experts import Transport
 
@@ -187,6 +188,25 @@ class DistillConfig(Distillation):
     teacher: str
 
 
+class LoraConfig(Section):
+    """Adapters that are trained over a frozen model; nothing else is then trained, and checkpoints hold the adapters alone. See model/lora.py."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    # scale alpha / sqrt(rank) instead of alpha / rank
+    rslora: bool = False
+    # names, or patterns over parameter names, of projections of attention and experts
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LoraSpec.targets
+    # layers, from 0, whose experts are adapted; None is all
+    expert_layers: tuple[int, ...] | None = None
+    # how the frozen model is held: in bfloat16, in float32, or its experts as the MXFP4 codes of its files and the rest in bfloat16
+    base: Literal["bfloat16", "float32", "mxfp4"] = "bfloat16"
+
+    @property
+    def spec(self) -> LoraSpec:
+        return LoraSpec(self.rank, self.alpha, self.rslora, self.targets, self.expert_layers)
+
+
 class MeshConfig(Section):
     """Devices along each axis of the mesh, see sharding/mesh.py; or `auto`: the layout that `gptoss-jax plan` proposes for the devices present."""
 
@@ -251,6 +271,7 @@ class TrainConfig(Section):
     kernels: Literal["auto", "xla", "triton"] = "auto"
     quant: Annotated[Mxfp4Quant | Nvfp4Quant, Field(discriminator="format")] | None = None
     distill: DistillConfig | None = None
+    lora: LoraConfig | None = None
     # parameter name patterns that are not trained
     freeze: tuple[str, ...] = ()
     # the release's config.json carries 0.9; a run asks for it or does without
@@ -276,6 +297,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"optimizer.master_residual = {self.optimizer.master_residual} belongs to master_dtype bfloat16, not {self.master_dtype}"
             )
+        if self.lora is not None:
+            self._check_lora()
         microbatch = self.batch.rows // self.batch.accumulation
         if microbatch % self.mesh.row_groups:
             raise ValueError(
@@ -285,6 +308,16 @@ class TrainConfig(Section):
         if self.data.row_length % self.mesh.context:
             raise ValueError(f"data.row_length = {self.data.row_length} does not divide by mesh.context = {self.mesh.context}")
         return self
+
+    def _check_lora(self):
+        if self.master_dtype != "float32":
+            raise ValueError(f"master_dtype = {self.master_dtype}: adapters are float32; lora.base says how the frozen model is held")
+        if self.mesh.size > 1 or self.mesh.auto:
+            raise ValueError("lora runs on one device: leave mesh out")
+        if self.cast_at != "layer":
+            raise ValueError("cast_at = step would hold compute weights of all layers beside the frozen ones; lora takes cast_at layer")
+        if self.quant is not None and (self.quant.estimator != Ste() or self.quant.backward_weight != "quantized"):
+            raise ValueError("adapters are trained straight-through: lora takes no other quant.estimator or quant.backward_weight")
 
     def with_steps(self, num_rows: int) -> "TrainConfig":
         """The config with its length in steps, given the rows of one epoch (at least one step)."""
@@ -343,5 +376,5 @@ def _known(loc: tuple) -> list[str]:
         if part in ("mxfp4", "nvfp4"):
             section = {"mxfp4": Mxfp4Quant, "nvfp4": Nvfp4Quant}[part]
         elif part != "quant":
-            section = DistillConfig if part == "distill" else section.model_fields[part].annotation
+            section = {"distill": DistillConfig, "lora": LoraConfig}.get(part) or section.model_fields[part].annotation
     return list(section.model_fields)

@@ -40,6 +40,8 @@ from gptoss_jax.training.step import (
     make_capture_step,
     make_eval_step,
     make_train_step,
+    model_params,
+    saved_params,
 )
 
 MAX_SKIPPED_IN_ROW = 3
@@ -110,10 +112,13 @@ class Trainer:
         # as a restored state: arrays without a fixed device would compile to another program than arrays with one
         self.state = state if self.shardings else jax.device_put(state, self._device)
 
-    def resume(self) -> int | None:
+    def resume(self, base: Params | None = None, source: Mapping[str, Any] | None = None) -> int | None:
         """Continues from the newest checkpoint of this run that is whole; a damaged one is set aside with a warning.
 
         Returns its step, or None where there is no checkpoint.
+
+        Args:
+          base, source: of a run that trains adapters: the frozen parameters, which the checkpoint does not hold, and the record that `start` had.
 
         Raises:
           UsageError: the run was made with other settings, another model or other data.
@@ -121,7 +126,7 @@ class Trainer:
         """
         step = self._newest_good_step()
         if step is not None:
-            self._restore(step)
+            self._restore(step, base or {}, source)
         self.run.rewind_metrics(-1 if step is None else step)
         return step
 
@@ -139,16 +144,18 @@ class Trainer:
                 self.progress.note(f"WARNING: {error}; moved to {moved}, going on with the step before")
         return None
 
-    def _restore(self, step: int) -> None:
+    def _restore(self, step: int, base: Params, source: Mapping[str, Any] | None) -> None:
         directory = self.run.checkpoints
         meta = orbax_store.read_meta(directory, step)
         _check_same_run(meta, self.config, self.train, f"{directory / str(step)}")
+        if self.train.lora and meta.source["lora"]["base"]["xxh3_128"] != source["lora"]["base"]["xxh3_128"]:
+            raise UsageError(f"{directory / str(step)}: holds adapters of another model than {source['lora']['base']['model']}")
         target = abstract_state(self.config, self.train, self.shardings)
         params, (opt_state, skipped, in_row) = orbax_store.restore(
-            directory, step, target.params, (target.opt_state, target.skipped, target.skipped_in_row), verified=True
+            directory, step, saved_params(self.train, target.params), (target.opt_state, target.skipped, target.skipped_in_row), verified=True
         )
         counter = jax.device_put(np.int32(step), target.step.sharding or self._device)
-        self.state = TrainState(counter, params, opt_state, skipped, in_row)
+        self.state = TrainState(counter, {**jax.device_put(dict(base), self._device), **params}, opt_state, skipped, in_row)
         self.batches.restore(meta.data_state)
         self.source = meta.source
         self.step = step
@@ -222,7 +229,7 @@ class Trainer:
         if loss is not None:
             record["eval_loss"] = loss
         if self.measure is not None:
-            record.update(self.measure(record["step"], self.state.params))
+            record.update(self.measure(record["step"], model_params(self.config, self.train, self.state.params)))
         if len(record) > 1:
             self.run.log(record)
             self.progress.show(record)
@@ -257,7 +264,8 @@ class Trainer:
             )
 
     def _save(self, batch: Any) -> None:
-        if not self.all_finite(self.state.params).item():
+        params = saved_params(self.train, self.state.params)
+        if not self.all_finite(params).item():
             raise NumericsError(f"parameters are not finite after step {self.step}; nothing was saved")
         hashes = code_hashes(self.config, self.capture_step(self.state, batch).codes) if self.capture_step else None
         meta = orbax_store.Meta(
@@ -269,7 +277,7 @@ class Trainer:
             source=self.source,
         )
         optimizer = (self.state.opt_state, self.state.skipped, self.state.skipped_in_row)
-        orbax_store.save(self.run.checkpoints, self.step, self.state.params, meta, optimizer, assets=self.assets, keep=self.train.keep)
+        orbax_store.save(self.run.checkpoints, self.step, params, meta, optimizer, assets=self.assets, keep=self.train.keep)
         self._clock = time.monotonic()
 
 

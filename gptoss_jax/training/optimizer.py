@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats.noise import random_bits
+from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.training.config import ScheduleConfig, TrainConfig
 from gptoss_jax.training.moments import scale_by_adam
 from gptoss_jax.training.rounding import Residual, float_bits, high_part, join, low_part, rounding_key, stochastic_round
@@ -71,6 +72,11 @@ def split_frozen(names: Iterable[str], patterns: Iterable[str]) -> tuple[tuple[s
     return tuple(n for n in names if n not in frozen), tuple(n for n in names if n in frozen)
 
 
+def trainable(config: TrainConfig, names: Iterable[str]) -> tuple[str, ...]:
+    """Names that a run may train, before `freeze`."""
+    return tuple(name for name in names if config.lora is None or is_adapter(name))
+
+
 def decays(name: str) -> bool:
     """Whether weight decay applies to the parameter."""
     return not any(fnmatch.fnmatchcase(name, pattern) for pattern in NO_DECAY)
@@ -96,7 +102,7 @@ def cosine_schedule(config: ScheduleConfig, peak: float, steps: int) -> Callable
 
 
 def make_optimizer(config: TrainConfig, names: Iterable[str]) -> Optimizer:
-    """The optimizer of a run over parameters of these names.
+    """The optimizer of a run over parameters of these names; with `lora` over the adapters among them.
 
     Raises:
       UsageError: bad freeze patterns, or a config whose length in steps is not known yet (`TrainConfig.with_steps`).
@@ -104,7 +110,7 @@ def make_optimizer(config: TrainConfig, names: Iterable[str]) -> Optimizer:
     if config.steps is None:
         raise UsageError("the number of steps is not known: set `steps`, or resolve `epochs` with TrainConfig.with_steps")
     settings = config.optimizer
-    trained, _ = split_frozen(names, config.freeze)
+    trained, _ = split_frozen(trainable(config, names), config.freeze)
 
     def bits(name, moment, count, shape):
         return random_bits(rounding_key(config.seed, count, f"{name}.{moment}"), shape)

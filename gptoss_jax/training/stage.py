@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from gptoss_jax.checkpoint.models import Model, carried_files, load_model, look_at
+from gptoss_jax.checkpoint.models import Model, carried_files, load_base, load_model, look_at, lora_record
 from gptoss_jax.data import BatchStream, Packed, Pipeline, System, load_tokenizer, one_pass, report, shared_warning, training_and_held_out
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
+from gptoss_jax.model.lora import LORA_A, abstract_adapters
 from gptoss_jax.quant import QuantPolicy, make_expert_quant
 from gptoss_jax.quant.policy import EXPERT_PROJECTIONS
 from gptoss_jax.sharding import local_rows, make_mesh
 from gptoss_jax.sharding.distributed import check_same, is_first
-from gptoss_jax.training.config import DataConfig, TrainConfig
+from gptoss_jax.training.config import DataConfig, LoraConfig, TrainConfig
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
 from gptoss_jax.training.plan import present_device, proposed_mesh
@@ -54,6 +55,22 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
     except ValueError as error:
         raise UsageError(f"config: quant: {error}") from None
     return policy
+
+
+def describe_adapters(lora: LoraConfig, config: GptOssConfig) -> str:
+    """What is adapted, in one line.
+
+    Raises:
+      UsageError: targets or layers that the model does not have.
+    """
+    try:
+        shapes = abstract_adapters(config, lora.spec)
+    except ValueError as error:
+        raise UsageError(f"config: lora: {error}") from None
+    names = sorted({name.split(".", 2)[2].removesuffix(LORA_A) for name in shapes if name.endswith(LORA_A)})
+    layers = "" if lora.expert_layers is None else f" (experts of layers {', '.join(map(str, lora.expert_layers))})"
+    count = sum(leaf.size for leaf in shapes.values())
+    return f"adapters of rank {lora.rank}, scale {lora.spec.scale:g}, on {', '.join(names)}{layers}: {count:,} parameters; base {lora.base}, frozen"
 
 
 def data_pipeline(data: DataConfig, tokenizer: Any) -> Pipeline:
@@ -123,6 +140,8 @@ def run_stage(
     Raises:
       UsageError: the config names no model, data or output, or they do not fit together.
     """
+    if train.lora:
+        model = None  # adapters are checkpointed with the name of their base, which is read in its own dtype
     for name, value in (("model", train.model or model), ("data.train", train.data.train), ("output", train.output)):
         if not value:
             raise UsageError(f"config: {name} is not set{HOW_TO_GIVE_DATA if name == 'data.train' else ''}")
@@ -141,11 +160,11 @@ def run_stage(
         if automatic:
             progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
         progress.note(f"{Path(train.output).name}: {packed.describe()}")
-        if train.eval_tasks and jax.process_count() > 1:
-            raise UsageError("config: eval_tasks are measured in one process: leave them out, and run `gptoss-jax eval` on the checkpoints")
         rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, run.path) if train.eval_tasks else None
         if policy is not None:
             progress.note(policy.describe(abstract_params(config)))
+        if train.lora:
+            progress.note(describe_adapters(train.lora, config))
         share = local_rows(train.batch.rows, train.data.row_length, shardings.batch) if shardings else slice(None)
         batches = BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer, share)
         check_same("the training data or the tokenizer", batches.digest())
@@ -162,7 +181,12 @@ def run_stage(
             assets=carried_files(directory),
             progress=progress,
         )
-        if not resume or trainer.resume() is None:
+        if train.lora:
+            base = load_base(train.model, train.lora.base)
+            source = {**base.source, "lora": lora_record(train.lora.spec, train.lora.base, train.model, base.params)}
+            if not resume or trainer.resume(base.params, source) is None:
+                trainer.start(base.params, source=source, donate=True)
+        elif not resume or trainer.resume() is None:
             start = model or load_model(train.model, jnp.dtype(train.master_dtype), shardings and shardings.params)
             trainer.start(start.params, source=start.source, donate=model is None)
         run.write_config(dump_config(train))

@@ -22,8 +22,10 @@ from jax import lax
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.formats import mxfp4
 from gptoss_jax.model import GptOssConfig, RouterStats, abstract_params, forward, load_balancing_loss
 from gptoss_jax.model.context import Distribute
+from gptoss_jax.model.lora import abstract_adapters, attach, init_adapters, is_adapter
 from gptoss_jax.ops.cross_entropy import cross_entropy_sum
 from gptoss_jax.ops.distillation import Side, distillation_sums
 from gptoss_jax.precision import wide
@@ -78,6 +80,36 @@ class Captured(NamedTuple):
     codes: dict[str, Any]
 
 
+def abstract_base(config: GptOssConfig, train: TrainConfig) -> dict[str, Any]:
+    """Shapes of the parameters that the model has of its own, as a run holds them: masters, or under `lora` the frozen base, whose experts may be
+    packed codes."""
+    if train.lora is None:
+        return abstract_params(config, jnp.dtype(train.master_dtype))
+    packed = train.lora.base == "mxfp4"
+    base = abstract_params(config, jnp.dtype("bfloat16" if packed else train.lora.base))
+
+    def codes(leaf):
+        *lead, width = leaf.shape
+        return mxfp4.Codes(*(jax.ShapeDtypeStruct((*lead, width // per_byte), jnp.uint8) for per_byte in (2, mxfp4.BLOCK_SIZE)))
+
+    return {name: codes(leaf) if packed and name.endswith(PROJECTIONS) else leaf for name, leaf in base.items()}
+
+
+def param_names(config: GptOssConfig, train: TrainConfig) -> list[str]:
+    """Of all parameters in the state of a run: the model's, then adapters."""
+    return [*abstract_params(config), *(abstract_adapters(config, train.lora.spec) if train.lora else ())]
+
+
+def model_params(config: GptOssConfig, train: TrainConfig, params: Params) -> dict[str, Any]:
+    """What `forward` takes of the parameters of a state: with adapters in their places."""
+    return attach(config, train.lora.spec, params) if train.lora else dict(params)
+
+
+def saved_params(train: TrainConfig, params: Params) -> dict[str, Array]:
+    """What a checkpoint holds of them: all, or under `lora` the adapters."""
+    return {name: param for name, param in params.items() if train.lora is None or is_adapter(name)}
+
+
 def init_state(config: GptOssConfig, train: TrainConfig, params: Params, shardings: Shardings | None = None, *, donate: bool = False) -> TrainState:
     """Fresh optimizer on given parameters, which are cast to the master dtype. The start of an SFT run and of the QAT run after it.
 
@@ -89,10 +121,12 @@ def init_state(config: GptOssConfig, train: TrainConfig, params: Params, shardin
 
 
 def _init(config: GptOssConfig, train: TrainConfig) -> Callable[[Params], TrainState]:
-    optimizer = make_optimizer(train, abstract_params(config))
+    optimizer, base = make_optimizer(train, param_names(config, train)), abstract_base(config, train)
 
     def init(params):
-        masters = {name: param.astype(train.master_dtype) for name, param in params.items()}
+        masters = {name: jax.tree.map(lambda x, held: x.astype(held.dtype), param, base[name]) for name, param in params.items()}
+        if train.lora:
+            masters |= init_adapters(config, train.lora.spec, train.seed)
         return TrainState(jnp.int32(0), masters, init_moments(optimizer, masters), jnp.int32(0), jnp.int32(0))
 
     return init
@@ -100,7 +134,7 @@ def _init(config: GptOssConfig, train: TrainConfig) -> Callable[[Params], TrainS
 
 @lru_cache(maxsize=8)
 def _abstract(config: GptOssConfig, train: TrainConfig) -> TrainState:
-    return jax.eval_shape(_init(config, train), abstract_params(config, jnp.dtype(train.master_dtype)))
+    return jax.eval_shape(_init(config, train), abstract_base(config, train))
 
 
 def abstract_state(config: GptOssConfig, train: TrainConfig, shardings: Shardings | None = None) -> TrainState:
@@ -194,7 +228,7 @@ def make_loss(
     tokens = lambda batch: (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
 
     def loss(trained, frozen, batch, total_weight, total_tokens, *teacher):
-        params = {**trained, **frozen}
+        params = model_params(config, train, {**trained, **frozen})
         out = run(config, params, *tokens(batch), expert_quant=expert_quant, capture=capture, remat=train.remat)
         mixed = {}
         if teacher:
@@ -300,7 +334,7 @@ def make_train_step(
     Args:
       teacher: architecture (and layout) of the model of `train.distill`.
     """
-    optimizer = make_optimizer(train, abstract_params(config))
+    optimizer = make_optimizer(train, param_names(config, train))
     loss = make_loss(config, train, expert_quant, distribute=shardings and shardings.distribute, teacher_config=teacher and teacher.config)
 
     def train_step(state: TrainState, batch, *teacher: Params):
@@ -338,6 +372,7 @@ def make_eval_step(
     dtype = jnp.dtype(train.compute_dtype)
 
     def eval_step(params, batch):
+        params = model_params(config, train, params)
         out = forward(
             config, params, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, dtype=dtype, expert_quant=expert_quant,
             distribute=shardings and shardings.distribute,
@@ -356,7 +391,7 @@ def make_capture_step(
 
     With `weights` False, for the hashes of a checkpoint, the codes alone, from the forward pass of the first microbatch: they follow from the
     parameters, and gradients, held for their norm, would be 42 GB beside 10 GB of codes (20b on one GPU). Without `weights` and `grad_norm`."""
-    optimizer = make_optimizer(train, abstract_params(config))
+    optimizer = make_optimizer(train, param_names(config, train))
     loss = make_loss(config, train, expert_quant, capture=True, distribute=shardings and shardings.distribute)
 
     def capture_codes(state: TrainState, batch):

@@ -1,5 +1,7 @@
 """Pass rates of tasks during training: the present parameters under the numerics of training, at every evaluation.
 
+All processes of a run answer together (the model is cut over their devices); the first writes.
+
 metrics.jsonl gets `task/NAME` (the rate, 0..1), or `task/NAME/loss` for a task that measures the loss alone; every sample with its answer and verdict
 is in samples/step-00000100/NAME.jsonl of the run directory.
 """
@@ -16,6 +18,7 @@ from gptoss_jax.evaluation import LocalSubject, load_task, run_task
 from gptoss_jax.evaluation.results import write_samples
 from gptoss_jax.model import GptOssConfig, Params
 from gptoss_jax.quant import QuantPolicy
+from gptoss_jax.sharding.distributed import is_first
 
 SAMPLES = "samples"
 
@@ -48,5 +51,6 @@ class TaskRates:
                 record[f"task/{task.name}/loss"] = result.mean_loss()
             else:
                 record[f"task/{task.name}"] = result.pass_rate().rate
-            write_samples(result.samples(), self.output / SAMPLES / f"step-{step:08d}" / f"{task.name}.jsonl")
+            if is_first():
+                write_samples(result.samples(), self.output / SAMPLES / f"step-{step:08d}" / f"{task.name}.jsonl")
         return record

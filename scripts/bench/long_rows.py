@@ -6,7 +6,8 @@
 
 Each side is a process of its own: it compiles loss and gradients (float32, `remat: products`), runs them once, and states the seconds of that run,
 what XLA allocates on each device, and the most memory the process held. The virtual devices share the cores of one machine, so their time says
-nothing about speed on eight devices; what eight devices change is the memory of each. The row is one document: the most work that attention can have.
+nothing about speed on eight devices; what eight devices change is the memory of each. A row of one document is the most work that attention can have:
+with `--documents` it holds several of equal length.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.bench.common import ROOT, machine, write_results
 
 
-def work(length: int, layers: int, devices: int, out: Path) -> None:
+def work(length: int, layers: int, documents: int, devices: int, out: Path) -> None:
     """One side: loss and gradients to `out` (.npz), its measurements as a line of JSON on stdout."""
     import jax
     import jax.numpy as jnp
@@ -39,7 +40,9 @@ def work(length: int, layers: int, devices: int, out: Path) -> None:
     nano = GptOssConfig.from_dict(json.loads((ROOT / "gptoss_jax/nano/config.json").read_text()))
     config = dataclasses.replace(nano, num_hidden_layers=layers, layer_types=nano.layer_types[:layers])
     shardings = Shardings.on(config, make_mesh(context=devices)) if devices > 1 else None
-    args = init_params(config, jax.random.key(0)), random_batch(config.vocab_size, rows=1, length=length)
+    batch, token_1T = random_batch(config.vocab_size, rows=1, length=length), jnp.arange(length, dtype=jnp.int32)[None]
+    batch = batch._replace(segment_ids_BT=1 + token_1T * documents // length, positions_BT=token_1T % (length // documents))
+    args = init_params(config, jax.random.key(0)), batch
     if shardings:
         args = jax.device_put(args, (shardings.params, shardings.batch))
     loss = make_loss(config, parse({"compute_dtype": "float32", "remat": "products"}), None, distribute=shardings and shardings.distribute)
@@ -71,25 +74,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=131_072)
     parser.add_argument("--layers", type=int, default=2, choices=(1, 2, 3, 4))
+    parser.add_argument("--documents", type=int, default=1, help="a divisor of the length")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the result and write no file")
     options = parser.parse_args()
     if options.worker:
-        work(options.length, options.layers, options.worker, options.out)
+        work(options.length, options.layers, options.documents, options.worker, options.out)
         return
+    shape = [f"--{name}={getattr(options, name)}" for name in ("length", "layers", "documents")]
     with tempfile.TemporaryDirectory() as place:
         sides, files = [], []
         for devices in (options.devices, 1):
             files.append(Path(place) / f"{devices}.npz")
-            command = [sys.executable, __file__, "--length", options.length, "--layers", options.layers, "--worker", devices, "--out", files[-1]]
-            done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
+            command = [sys.executable, __file__, *shape, "--worker", str(devices), "--out", str(files[-1])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             sides.append(json.loads(done.stdout))
             print(sides[-1], file=sys.stderr)
         difference = compare(files[1], files[0])
-    command = f"scripts/bench/long_rows.py --length {options.length} --layers {options.layers} --devices {options.devices}"
-    result = {"command": command, "tokens": options.length, "layers": options.layers, "sides": sides, "relative_difference": difference, **machine()}
+    command = " ".join(["scripts/bench/long_rows.py", *shape, f"--devices={options.devices}"])
+    result = {"command": command, "sides": sides, "relative_difference": difference, **machine()}
     if options.json:
         print(json.dumps(result))
     else:

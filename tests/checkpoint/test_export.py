@@ -157,7 +157,9 @@ def test_the_source_is_carried_along(masters, tiny_config, tmp_path):
     out = export_hf(tmp_path / "out", tiny_config, masters, format=Mxfp4(), source_dir=source, token_ids={"bos_token_id": 5}, provenance={"step": 7})
     for name, content in companions.items():
         assert (out / name).read_bytes() == content
-    assert sorted(path.name for path in out.iterdir()) == sorted([*companions, "config.json", "gptoss_jax_export.json", "model.safetensors"])
+    assert b"no" != (out / "README.md").read_bytes()
+    ours = ["README.md", "config.json", "gptoss_jax_export.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*companions, *ours])
     written = json.loads((out / "config.json").read_text())
     assert written["quantization_config"] == builders.QUANTIZATION
     assert (written["eos_token_id"], written["pad_token_id"], written["bos_token_id"]) == (2, 1, 5)

@@ -82,7 +82,6 @@ def test_what_no_file_can_hold_is_refused_with_the_reason(masters, tiny_config, 
         (Mxfp4(element_round="sr"), "needs a seed"),
         (Mxfp4(block=16), "blocks of 32"),
         (Nvfp4(tensor_amax="given"), "no file records"),
-        (Nvfp4(per_expert=False), "one global scale per expert"),
         (Mxfp8(), "MXFP8"),
     ):
         for arguments in (dict(format=fmt), dict(format="bf16", bake=fmt)):

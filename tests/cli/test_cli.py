@@ -165,3 +165,21 @@ def test_export_with_seeded_stochastic_rounding(tiny_config, tmp_path, capsys):
     ):
         capsys.readouterr()
         assert export("bad", *options) == 2 and message in capsys.readouterr().err
+
+
+def test_export_in_other_layouts(mxfp4_dir, tmp_path, capsys):
+    """An MXFP4 checkpoint becomes NVFP4 without a changed value, or OpenAI's layout; layouts that cannot hold a format are refused."""
+    export = lambda name, *options: main(["export", str(mxfp4_dir), str(tmp_path / name), *options])
+    nvfp4 = ("--format", "nvfp4", "--layout", "modelopt")
+    assert export("cast", *nvfp4, "--cast-mxfp4", "--granularity", "tensor") == 0
+    assert export("openai", "--format", "mxfp4", "--layout", "openai") == 0
+    for name in ("cast", "openai"):
+        assert main(["verify", str(tmp_path / name), "--against", str(mxfp4_dir)]) == 0
+    for options, message in (
+        (nvfp4, "--granularity tensor"),
+        ((*nvfp4[:2], "--layout", "openai"), "known are own, modelopt, compressed-tensors"),
+        (("--format", "mxfp4", "--cast-mxfp4"), "--cast-mxfp4 is for nvfp4, not mxfp4"),
+        (("--format", "mxfp4", "--granularity", "tensor"), "--granularity is for nvfp4, not mxfp4"),
+    ):
+        capsys.readouterr()
+        assert export("bad", *options) == 2 and message in capsys.readouterr().err

@@ -59,14 +59,19 @@ class Processes:
             [*launcher, sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.launcher.stdout), daemon=True)
+        self.ended: float | None = None  # when the last process closed its output
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _read(self) -> None:
+        self.lines.extend(self.launcher.stdout)
+        self.ended = time.monotonic()
 
     @property
     def text(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, pattern: str, count: int = 1, seconds: float = 150) -> list[str]:
+    def wait_for(self, pattern: str, count: int = 1, seconds: float = 300) -> list[str]:
         """The matches of `pattern` in the output, when there are `count` of them."""
         end = time.monotonic() + seconds
         while len(found := re.findall(pattern, self.text)) < count:
@@ -77,7 +82,7 @@ class Processes:
     def pids(self, count: int) -> list[int]:
         return [int(pid) for pid in self.wait_for(r"local: process \d+ is (\d+)", count)]
 
-    def end(self, seconds: float = 150) -> int:
+    def end(self, seconds: float = 300) -> int:
         """Exit code of the launcher."""
         code = self.launcher.wait(seconds)
         self._reader.join(10)

@@ -36,23 +36,35 @@ def command(root, output, *options, **changes):
     return ["-m", "tests.distributed.worker", "qat", "--config", str(file), *options]
 
 
-@pytest.fixture(scope="module")
-def unbroken(root):
-    """The run on one device of one process."""
-    run_stage(parse(run_config(root, "unbroken")))
-    return root / "unbroken"
+@pytest.fixture(scope="module", autouse=True)
+def compile_as_the_processes_do():
+    """A third faster, as in `support.Processes`."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
-def broken(root):
-    """What two processes leave when one is killed after step 4: checkpoint of step 3, metrics up to step 3 or 4."""
+def runs(root):
+    """Two processes of which one is killed, and the run on one device of one process, which is made while the other waits for the heartbeat."""
     with Processes(2, command(root, "broken", mesh={"fsdp": 2}), PAUSE_AT="4") as run:
         run.wait_for("paused", 2)
         os.kill(run.pids(2)[1], signal.SIGKILL)
         start = time.monotonic()
+        run_stage(parse(run_config(root, "unbroken")))
         code = run.end()
-        seconds = time.monotonic() - start
-    return root / "broken", code, seconds, run.text
+    return root / "broken", code, run.ended - start, run.text
+
+
+@pytest.fixture(scope="module")
+def unbroken(root, runs):
+    return root / "unbroken"
+
+
+@pytest.fixture(scope="module")
+def broken(runs):
+    """What two processes leave when one is killed after step 4: checkpoint of step 3, metrics up to step 3 or 4."""
+    return runs
 
 
 def losses(path):

@@ -3,6 +3,7 @@
 import json
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ import pytest
 from gptoss_jax.errors import CorruptError, RunError, UsageError
 from gptoss_jax.lab import grid, trainer
 from gptoss_jax.lab.experiment import Arm, load_experiment, reference_of
-from gptoss_jax.lab.parts import export_of, quantizer_of, tools_of
-from gptoss_jax.lab.stages import Stage, Stages, locked
+from gptoss_jax.lab.parts import parse_export, quantizer_of, tools_of
+from gptoss_jax.lab.stages import Stage, Stages, label_of, locked
 from tests.training.support import make_params, make_train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "lab").glob("*.yaml"))
@@ -111,9 +112,10 @@ def trained(monkeypatch):
     """Stages that add their number of steps to one weight; the list of what was trained."""
     made = []
 
-    def train(self, train, quantizer, params, seed, **options):
+    def train(self, train, quantizer, params, seed, exports, **options):
         made.append((train.steps, train.optimizer.learning_rate, seed))
-        return Stage({"w": params["w"] + train.steps}, {}, {"history": {"loss": [1.0] * train.steps}, "curve": [], "seconds": 0.5})
+        curve = {label_of(export): [[0, float(number)]] for number, export in enumerate(exports)}
+        return Stage({"w": params["w"] + train.steps}, {}, {"history": {"loss": [1.0] * train.steps}, "curve": curve, "seconds": 0.5})
 
     monkeypatch.setattr(Stages, "_train", train)
     monkeypatch.setattr(Stages, "base", lambda self, arm, seed: {"w": jnp.float32(arm.base_noise)})
@@ -123,11 +125,12 @@ def trained(monkeypatch):
 def test_what_arms_share_is_trained_once_and_read_back_exactly(tmp_path, trained):
     experiment, arms = load(tmp_path)
     by_name = {arm.name: arm.settings for arm in arms}
-    first = Stages(experiment, tmp_path / "stages").final(by_name["longer"], 0, keep=True)
+    first = Stages(experiment, tmp_path / "stages").final(by_name["longer"], 0, keep=True, exports=["same", "mxfp4"])
     assert trained == [(3, 2e-4, 0), (4, 1e-4, 0)] and float(first.params["w"]) == 7
     stages = Stages(experiment, tmp_path / "stages")
     again = stages.final(by_name["rounded"], 0, keep=True)  # another export of the same weights
     assert len(trained) == 2 and float(again.params["w"]) == 7 and again.record == first.record
+    assert first.record["curve"] == {"same": [[0, 0.0]], "mxfp4": [[0, 1.0]]}
     stages.final(by_name["mxfp4, 1e-05"], 0, keep=False)
     assert trained[2:] == [(4, 1e-5, 0)]
     stages.sft(by_name["sft"], 1)
@@ -150,7 +153,7 @@ def fake(monkeypatch):
     """Arms that are measured without training; the list of those that ran."""
     ran = []
 
-    def result(stages, task, keep):
+    def result(stages, task, sharing):
         ran.append(str(task))
         rng = np.random.default_rng((task.seed, len(task.arm.name)))
         measured = {
@@ -236,5 +239,18 @@ def test_damaged_result_is_named(tmp_path, fake):
 
 
 def test_export_of_an_arm():
-    assert export_of(Arm(export="bf16")) == "bf16" and export_of(Arm()) == "same"
-    assert export_of(Arm(export={"name": "mxfp4", "element_round": "sr", "seed": 1})).stochastic
+    assert parse_export("bf16") == "bf16" and parse_export(Arm().export) == "same"
+    assert parse_export({"name": "mxfp4", "element_round": "sr", "seed": 1}).stochastic
+
+
+def test_arms_that_deploy_the_same_weights_have_curves_of_their_own(tmp_path, trained, monkeypatch):
+    """What was recorded under another arm's export is not this arm's."""
+    experiment, arms = load(tmp_path, SMALL, "seeds=[0]")
+    held_out = SimpleNamespace(measure=lambda made: {"pass": {"A": [1, 1]}, "loss": 0.1, "task_loss": {}})
+    monkeypatch.setattr(Stages, "held_out", held_out)
+    monkeypatch.setattr(Stages, "model", SimpleNamespace(config=None, params={}))
+    monkeypatch.setattr(grid, "deployed", lambda *_: {})
+    monkeypatch.setattr(grid, "rounding_of", lambda *_: {})
+    run(experiment, arms, tmp_path / "out")
+    curves = {result["arm"]: result["curve"] for result in grid.results_of(experiment, arms, tmp_path / "out")}
+    assert curves["longer"] == [[0, 0.0]] and curves["rounded"] == [[0, 1.0]] and curves["sft"] == []

@@ -46,6 +46,7 @@ def test_two_processes_share_the_arms_and_leave_a_report(tmp_path):
     for seed in (0, 1):
         longer, rounded, qat = (results[name, seed] for name in ("longer", "longer, rounded", "QAT"))
         assert longer["history"]["loss"] == rounded["history"]["loss"] and longer["measured"]["loss"] != rounded["measured"]["loss"]
+        assert [step for step, _ in rounded["curve"]] == [0, 1, 2] and all(a != b for a, b in zip(longer["curve"], rounded["curve"]))
         assert longer["sft"]["history"]["loss"] == qat["sft"]["history"]["loss"]
         assert len(qat["history"]["flip_rate"]) == 2 and [step for step, _ in qat["curve"]] == [0, 1, 2]
         assert results["base", seed]["measured"]["pass"]["A"] == [4, 20], "the base spells English alone, one language of five"

@@ -68,7 +68,8 @@ def compiled(config, train, layout):
     ("small", {"fsdp": 2, "context": 2, "tensor": 2}, {"batch": {"rows": 8, "accumulation": 2}}),
     ("small", {"fsdp": 2, "expert": 2, "data": 2}, {"quant": {"format": "mxfp4"}, **COMPACT}),
     ("nano", {"fsdp": 2, "expert": 4}, {"quant": {"format": "mxfp4"}, "distill": {"teacher": "nano"}}),
-], ids=["nano-fsdp8", "context2-tensor2", "qat-compact-expert2", "qad-expert4"])  # fmt: skip
+    ("small", {}, {"quant": {"format": "mxfp4"}, "lora": {"rank": 2, "base": "mxfp4"}}),
+], ids=["nano-fsdp8", "context2-tensor2", "qat-compact-expert2", "qad-expert4", "qlora"])  # fmt: skip
 def test_arguments_and_outputs_are_those_of_the_compiled_program(model, sizes, changes):
     config = architecture("nano")[0] if model == "nano" else dataclasses.replace(CONFIG, num_local_experts=8)
     train = parse({"steps": 1, "batch": {"rows": 8}, "data": {"row_length": 64}, "mesh": sizes, **changes})

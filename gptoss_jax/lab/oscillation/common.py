@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gptoss_jax.quant.expert_quant import PROJECTIONS
+from gptoss_jax.lab.quantizer import Params, expert_names
 
-Params = Mapping[str, Array]
 # w_q of given weights, in a dict of all that it was given
 Round = Callable[[Params], Params]
 PerElement = dict[str, Array]
@@ -15,12 +14,8 @@ PerElement = dict[str, Array]
 RATIO = 16.0  # of TetraJet-v2: an element whose quantized value moved 16 times as far as the element itself
 
 
-def experts(params: Params) -> list[str]:
-    return [name for name in params if name.endswith(PROJECTIONS)]
-
-
 def filled(params: Params, value, dtype=jnp.float32) -> PerElement:
-    return {name: jnp.full(params[name].shape, value, dtype) for name in experts(params)}
+    return {name: jnp.full(params[name].shape, value, dtype) for name in expert_names(params)}
 
 
 def mean(arrays: Mapping[str, Array]) -> Float[Array, ""]:

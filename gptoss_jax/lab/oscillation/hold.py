@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.formats import Format
 from gptoss_jax.formats.bits import join_blocks
-from gptoss_jax.lab.oscillation.common import PerElement, Round, cosine, experts, filled, mean, set_where
+from gptoss_jax.lab.oscillation.common import PerElement, Round, cosine, filled, mean, set_where
+from gptoss_jax.lab.quantizer import expert_names
 from gptoss_jax.quant.cells import cells_of
 
 
@@ -41,7 +42,7 @@ class Dampening:
         def update(updates, state, params, **_):
             weight = self.weight if self.steps is None else cosine(state.count, 0.0, self.weight, self.steps)
             rounded = round(params)
-            distance = {name: params[name].astype(jnp.float32) - rounded[name] for name in experts(params)}
+            distance = {name: params[name].astype(jnp.float32) - rounded[name] for name in expert_names(params)}
             if self.format is not None:
                 distance = {name: jnp.where(join_blocks(cells_of(params[name], self.format).inside), d, 0.0) for name, d in distance.items()}
             added = {name: updates[name] + (2 * weight * d).astype(updates[name].dtype) for name, d in distance.items()}
@@ -80,12 +81,12 @@ class IterativeFreezing:
     def transform(self, round: Round) -> optax.GradientTransformationExtraArgs:
         def init(params):
             rounded = round(params)
-            average = {name: jnp.array(rounded[name], jnp.float32) for name in experts(params)}
+            average = {name: jnp.array(rounded[name], jnp.float32) for name in expert_names(params)}
             zeros = partial(filled, params)
             return FreezeState(jnp.int32(0), zeros(0), zeros(0, jnp.int8), average, zeros(False, jnp.bool_), zeros(0))
 
         def update(updates, state, params, **_):
-            m, threshold, names = self.momentum, cosine(state.count, self.threshold, self.final_threshold, self.steps), experts(params)
+            m, threshold, names = self.momentum, cosine(state.count, self.threshold, self.final_threshold, self.steps), expert_names(params)
             held = set_where(state.is_frozen, updates, state.value, params)
             before, after = (
                 {name: rounded[name].astype(jnp.float32) for name in names} for rounded in (round(params), round(optax.apply_updates(params, held)))

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.formats import Format, get_format
 from gptoss_jax.formats.bits import join_blocks, split_blocks
-from gptoss_jax.lab.oscillation.common import Params, Round, experts
+from gptoss_jax.lab.oscillation.common import Round
+from gptoss_jax.lab.quantizer import Params, expert_names
 from gptoss_jax.lab.straight import straight
 from gptoss_jax.quant.cells import cells_of
 
@@ -36,16 +37,16 @@ class QEma:
 
     def init(self, params: Params) -> dict[str, Array]:
         """The means, beginning at the weights."""
-        return {name + SUFFIX: jnp.array(params[name], jnp.float32) for name in experts(params)}
+        return {name + SUFFIX: jnp.array(params[name], jnp.float32) for name in expert_names(params)}
 
     def __call__(self, params: Params, extra: Params, key: Array, step: Array) -> dict[str, Array]:
         """Straight-through for the weights, no gradient for the means."""
         rounded = self.round(params, extra)
-        return {**params, **{name: straight(rounded[name], params[name]) for name in experts(params)}}
+        return {**params, **{name: straight(rounded[name], params[name]) for name in expert_names(params)}}
 
     def round(self, params: Params, extra: Params) -> dict[str, Array]:
         """The same values, without a gradient."""
-        return {**params, **{name: self._rounded(params[name], extra[name + SUFFIX]).astype(params[name].dtype) for name in experts(params)}}
+        return {**params, **{name: self._rounded(params[name], extra[name + SUFFIX]).astype(params[name].dtype) for name in expert_names(params)}}
 
     def _rounded(self, w: Float[Array, "*batch n"], ema: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         w, ema = lax.stop_gradient((w, ema))

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.formats import Format
 from gptoss_jax.formats.bits import join_blocks
-from gptoss_jax.lab.oscillation.common import RATIO, PerElement, Round, experts, filled, mean, set_where, travel_ratio
+from gptoss_jax.lab.oscillation.common import RATIO, PerElement, Round, filled, mean, set_where, travel_ratio
+from gptoss_jax.lab.quantizer import expert_names
 from gptoss_jax.quant.cells import Cells, cells_of
 
 
@@ -38,7 +39,7 @@ class OsciReset:
             return ResetState(jnp.int32(0), filled(params, 0), filled(params, 0), jnp.float32(0))
 
         def update(updates, state, params, **_):
-            count, names = state.count + 1, experts(params)
+            count, names = state.count + 1, expert_names(params)
             before, after = round(params), round(optax.apply_updates(params, updates))
             moved_q = {name: state.moved_q[name] + jnp.abs(after[name].astype(jnp.float32) - before[name]) for name in names}
             moved = {name: state.moved[name] + jnp.abs(updates[name]) for name in names}
@@ -68,7 +69,7 @@ class EdgeReset:
 
         def update(updates, state, params, **_):
             count, moved = state.count + 1, optax.apply_updates(params, updates)
-            cells = {name: cells_of(moved[name], self.format) for name in experts(params)}
+            cells = {name: cells_of(moved[name], self.format) for name in expert_names(params)}
             is_due = count % self.window == 0
             reset = {name: is_due & join_blocks(jnp.abs(c.y - c.q) > self.edge * _bin_width(c)) for name, c in cells.items()}
             values = {name: join_blocks(c.q * c.scale) for name, c in cells.items()}

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.lab.oscillation.common import RATIO, PerElement, Round, experts, filled, mean, travel_ratio
+from gptoss_jax.lab.oscillation.common import RATIO, PerElement, Round, filled, mean, travel_ratio
+from gptoss_jax.lab.quantizer import expert_names
 
 
 class TrackerState(NamedTuple):
@@ -45,7 +46,7 @@ class OscillationTracker:
             return TrackerState(jnp.int32(0), *sums, filled(params, 0, jnp.int8), filled(params, 0, jnp.int32), *scalars)
 
         def update(updates, state, params, **_):
-            count, names = state.count + 1, experts(params)
+            count, names = state.count + 1, expert_names(params)
             before, after = round(params), round(optax.apply_updates(params, updates))
             change = {name: after[name].astype(jnp.float32) - before[name].astype(jnp.float32) for name in names}
             sign = {name: jnp.sign(change[name]).astype(jnp.int8) for name in names}

@@ -21,6 +21,7 @@ from gptoss_jax.ops.experts.composed import expert_mlp_composed
 from gptoss_jax.ops.experts.fused import expert_mlp_fused
 from gptoss_jax.ops.grouped_matmul import block_rows, group_rows
 from gptoss_jax.ops.remat import product
+from gptoss_jax.quant.lora import Adapted
 from gptoss_jax.quant.two_way import TwoWay, forward_weight
 
 
@@ -28,9 +29,9 @@ def expert_mlp_counted(
     x_SD: Float[Array, "S D"],
     experts_SA: Int[Array, "S A"],
     weights_SA: Float[Array, "S A"],
-    w_gate_up_EUD: Float[Array, "E U D"] | TwoWay,
+    w_gate_up_EUD: Float[Array, "E U D"] | TwoWay | Adapted,
     bias_up_EU: Float[Array, "E U"],
-    w_down_EDF: Float[Array, "E D F"] | TwoWay,
+    w_down_EDF: Float[Array, "E D F"] | TwoWay | Adapted,
     bias_down_ED: Float[Array, "E D"],
     *,
     limit: float,
@@ -44,11 +45,12 @@ def expert_mlp_counted(
     Args:
       limit: clamp of the SwiGLU.
       backend: "xla" or "triton"; None chooses by platform.
-      activations: what both products' inputs go through, fake quantization of rows for instance; it and weights with two ways run composed.
+      activations: what both products' inputs go through, fake quantization of rows for instance; it, weights with two ways and adapters run composed.
     """
     backend = resolve_backend(backend)
     groups = product(group_rows(experts_SA, forward_weight(w_gate_up_EUD).shape[0], block_rows(backend)))
-    run = expert_mlp_fused if backend == "xla" and not isinstance(w_gate_up_EUD, TwoWay) else expert_mlp_composed
+    is_plain = not any(isinstance(w, TwoWay | Adapted) for w in (w_gate_up_EUD, w_down_EDF))
+    run = expert_mlp_fused if backend == "xla" and is_plain else expert_mlp_composed
     if activations is not None:
         run = partial(expert_mlp_composed, activations=activations)
     out_SD = run(x_SD, weights_SA, w_gate_up_EUD, bias_up_EU, w_down_EDF, bias_down_ED, groups, limit, backend)

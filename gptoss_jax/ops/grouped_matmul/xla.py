@@ -105,6 +105,16 @@ def forward(x_PK, w_ENK, bias_EN, groups: RowGroups):
     return values(over_pieces(groups, body, bits(jnp.zeros((x_PK.shape[0], w_ENK.shape[1]), x_PK.dtype))))
 
 
+def input_gradient(dy_PN, w_ENK, groups: RowGroups):
+    """dx_PK in the dtype of dy: the first part of `backward`, alone."""
+    dy_bits_PN, w_bits_ENK = bits(dy_PN), bits(w_ENK)
+
+    def body(dx_PK, e, take, put):
+        return put(dx_PK, dot(take(dy_bits_PN), of_expert(w_bits_ENK, e), ((1,), (0,))))
+
+    return values(over_pieces(groups, body, bits(jnp.zeros((dy_PN.shape[0], w_ENK.shape[2]), dy_PN.dtype))))
+
+
 def backward(dy_PN, x_PK, w_ENK, groups: RowGroups):
     """(dx_PK in the dtype of dy, dw_ENK and dbias_EN in that of sums)."""
     dy_bits_PN, x_bits_PK, w_bits_ENK = bits(dy_PN), bits(x_PK), bits(w_ENK)

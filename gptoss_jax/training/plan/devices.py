@@ -46,6 +46,8 @@ DEVICES = {
     for device in (
         # NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s in both directions; DGX A100: 200 Gb/s per GPU
         _gpu("a100", 312, 79, 2.039, 300, 25),
+        # NVIDIA Ada GPU architecture paper, GeForce RTX 4090: 165.2 TFLOPS BF16 with float32 sums, 24 GB at 1,008 GB/s; no links but PCIe 4.0 x16
+        _gpu("rtx4090", 165.2, 23, 1.008, 32, 3, per_node=1),
         # NVIDIA H100 SXM data sheet: 1,979 TFLOPS with sparsity, 3.35 TB/s, NVLink 900 GB/s; DGX H100: 400 Gb/s per GPU
         _gpu("h100", 989.4, 79, 3.35, 450, 50),
         # NVIDIA H200 data sheet: products as H100, 141 GB at 4.8 TB/s

@@ -14,9 +14,10 @@ Legend: S tokens of a device's microbatch  P slots of the expert buffer  D hidde
 from typing import NamedTuple
 
 from gptoss_jax.model.config import FULL
+from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.ops.cross_entropy.blocks import MAX_BLOCK_LOGITS
 from gptoss_jax.quant.expert_quant import PROJECTIONS
-from gptoss_jax.training.optimizer import split_frozen
+from gptoss_jax.training.optimizer import split_frozen, trainable
 from gptoss_jax.training.plan.layout import Layout, device_bytes
 
 COMPUTED, ESTIMATED, ASSUMED = "computed", "estimated", "assumed"
@@ -91,9 +92,9 @@ def kept_values(layout: Layout) -> int:
 
 
 def decoded_weights(layout: Layout) -> int:
-    """Compute weights of one layer's experts, whole on this device, and the codes that travelled."""
+    """Compute weights of one layer's experts, whole on this device, and the codes that travelled (or that adapters were merged to)."""
     elements = sum(layout.expert_elements)
-    travelling = elements * layout.code_bytes if layout.train.quant and layout.gathered > 1 else 0
+    travelling = elements * layout.code_bytes if layout.train.quant and (layout.gathered > 1 or layout.train.lora) else 0
     return int(elements * layout.compute_bytes + travelling)
 
 
@@ -116,12 +117,12 @@ def memory(layout: Layout) -> Memory:
     """All parts of one device."""
     config, train, c = layout.config, layout.train, layout.compute_bytes
     state = layout.state
-    trained, _ = split_frozen(state.params, train.freeze)
+    trained, _ = split_frozen(trainable(train, state.params), train.freeze)
     trained_bytes = device_bytes({name: state.params[name] for name in trained})
     trained_elements = trained_bytes // layout.master_bytes
     largest = max(device_bytes(state.params[name]) for name in trained) // layout.master_bytes
     vocab_here = config.vocab_size // layout.over("vocab")
-    block = min(layout.tokens, max(1, MAX_BLOCK_LOGITS // vocab_here)) * vocab_here
+    block, head = min(layout.tokens, max(1, MAX_BLOCK_LOGITS // vocab_here)) * vocab_here, vocab_here * config.hidden_size
     experts = {name for name in state.params if name.endswith(PROJECTIONS)}
     accumulated = train.batch.accumulation > 1
     residual = state.opt_state[-1] if train.optimizer.master_residual else {}
@@ -129,10 +130,22 @@ def memory(layout: Layout) -> Memory:
     other = device_bytes((state.step, state.skipped, state.skipped_in_row, layout.batch))
 
     forward = max(sum(layer_bytes(layout, kind)) for kind in config.layer_types)
-    stored_elements = device_bytes({name: state.params[name] for name in experts}) // layout.master_bytes
+    if train.lora:  # on one device
+        stored_elements = config.num_hidden_layers * sum(layout.expert_elements)
+    else:
+        stored_elements = device_bytes({name: state.params[name] for name in experts}) // layout.master_bytes
     codes = int(stored_elements * layout.stored_code_bytes)
 
-    parts = [Part(f"masters, {train.master_dtype}", device_bytes(state.params), COMPUTED)]
+    unembedding = Part("unembedding: compute weights, float32 gradient", head * (c + 4), ESTIMATED, ("loss",))
+    if train.lora:  # frozen: no gradient, and no copy where it is held in the compute dtype
+        held = state.params["lm_head.weight"].dtype.itemsize
+        unembedding = Part("unembedding: compute weights", head * c if held != c else 0, ESTIMATED, ("loss",))
+    adapters = {name: leaf for name, leaf in state.params.items() if is_adapter(name)}
+    parts = []
+    if train.lora:
+        frozen = {name: leaf for name, leaf in state.params.items() if name not in adapters}
+        parts.append(Part(f"frozen model, {train.lora.base}", device_bytes(frozen), COMPUTED))
+    parts.append(Part(f"{'adapters' if train.lora else 'masters'}, {train.master_dtype}", device_bytes(adapters or state.params), COMPUTED))
     if residual:
         parts.append(Part(f"residual of the masters, {train.optimizer.master_residual}", device_bytes(residual), COMPUTED))
     parts += [
@@ -154,7 +167,7 @@ def memory(layout: Layout) -> Memory:
         Part("values of a layer, forward alone", forward, ESTIMATED, ("checkpoint",)),
         Part("codes of all experts", codes, ESTIMATED, ("checkpoint",)),
         Part("a block of logits and its gradients", block * (8 + c) * (2 if layout.teacher else 1), ESTIMATED, ("loss",)),
-        Part("unembedding: compute weights, float32 gradient", vocab_here * config.hidden_size * (c + 4), ESTIMATED, ("loss",)),
+        unembedding,
         Part("optimizer: copy of a residual" if residual else "optimizer", largest if residual else 0, ESTIMATED, ("optimizer",)),
     ]
     if train.quant is None:  # nothing is hashed

@@ -8,7 +8,7 @@ layouts, and lie above what this gives; we have measured none.
 from typing import NamedTuple
 
 from gptoss_jax.model.flops import forward_flops, train_flops
-from gptoss_jax.training.optimizer import split_frozen
+from gptoss_jax.training.optimizer import split_frozen, trainable
 from gptoss_jax.training.plan.devices import Device
 from gptoss_jax.training.plan.layout import Layout, device_bytes
 from gptoss_jax.training.plan.memory import layer_bytes
@@ -49,7 +49,8 @@ class Speed(NamedTuple):
 def speed(layout: Layout, device: Device, efficiency: float = EFFICIENCY) -> Speed:
     config, train = layout.config, layout.train
     rows, length, devices = train.batch.rows, train.data.row_length, layout.sizes.size
-    useful = train_flops(config, rows, length)
+    # a frozen product has one gradient, that of its input; products of adapters, and merging them, are small and not counted
+    useful = 2 * forward_flops(config, rows, length) if train.lora else train_flops(config, rows, length)
     layers = forward_flops(config, rows, length, logits=False)
     executed = useful + (layers if train.remat == "layer" else 0)
     if layout.teacher:
@@ -66,7 +67,7 @@ def _moved_bytes(layout: Layout) -> float:
     gradients as much; then gradients, masters and moments once each way."""
     train, config, c = layout.train, layout.config, layout.compute_bytes
     passes = 1 if train.remat == "none" else 2
-    trained, _ = split_frozen(layout.state.params, train.freeze)
+    trained, _ = split_frozen(trainable(train, layout.state.params), train.freeze)
     masters = device_bytes(layout.state.params)
     teacher = device_bytes(layout.teacher.params) if layout.teacher else 0
     gradients = device_bytes({name: layout.state.params[name] for name in trained})

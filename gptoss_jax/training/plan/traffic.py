@@ -16,7 +16,7 @@ from gptoss_jax.model.config import FULL
 from gptoss_jax.quant.expert_quant import PROJECTIONS
 from gptoss_jax.sharding import DEFAULT_RULES, MESH_AXES
 from gptoss_jax.sharding.transport import expected_share
-from gptoss_jax.training.optimizer import split_frozen
+from gptoss_jax.training.optimizer import split_frozen, trainable
 from gptoss_jax.training.plan.devices import Device
 from gptoss_jax.training.plan.layout import Layout
 
@@ -73,7 +73,7 @@ def traffic(layout: Layout, device: Device) -> list[Collective]:
 
     # experts
     elements = sum(layout.expert_elements)
-    trained, _ = split_frozen(layout.state.params, train.freeze)
+    trained, _ = split_frozen(trainable(train, layout.state.params), train.freeze)
     names = {name for name in layout.state.params if name.endswith(PROJECTIONS)}
     share = len(names & set(trained)) / len(names)
     encoded = "codes" if train.quant and train.cast_at == "layer" else "weights"
