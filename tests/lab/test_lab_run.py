@@ -50,7 +50,7 @@ def test_two_processes_share_the_arms_and_leave_a_report(tmp_path):
         assert longer["sft"]["history"]["loss"] == qat["sft"]["history"]["loss"]
         assert len(qat["history"]["flip_rate"]) == 2 and [step for step, _ in qat["curve"]] == [0, 1, 2]
         assert results["base", seed]["measured"]["pass"]["A"] == [4, 20], "the base spells English alone, one language of five"
-        assert results["base", seed]["measured"]["rounding"] == {"changed": 0.0}, "it lies on its grid"
+        assert set(results["base", seed]["measured"]["rounding"].values()) == {0.0}, "it lies on its grid"
     again = lab("plot", "whole.yaml", folder=tmp_path)
     assert again.returncode == 0 and "| QAT |" in again.stdout
     changed = lab("run", "whole.yaml", "arm.steps=3", folder=tmp_path)
