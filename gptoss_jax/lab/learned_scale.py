@@ -36,7 +36,7 @@ from gptoss_jax.lab.quantizer import Params, expert_names
 from gptoss_jax.lab.straight import straight
 
 _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))  # and whether a tie goes up
-_BYTES = {"mxfp4": (3, 240), "nvfp4": (1, 0x7E)}  # scales whose products with all midpoints, and with their logarithm, are normal and finite
+_BYTES = {"mxfp4": (3, 240), "nvfp4": (1, 0x7E)}  # scales whose products with all midpoints are normal and finite
 _SWEEP = range(-4, 7)  # E4M3 bytes around the format's own
 
 

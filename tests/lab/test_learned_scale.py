@@ -36,6 +36,17 @@ def call(quantizer, params, extra):
     return quantizer(params, extra, jax.random.key(0), jnp.int32(0))
 
 
+def with_gradients(quantizer, params, extra, upstream):
+    """(w_q, (gradients of the parameters, of the quantizer's arrays)), from one compiled program."""
+
+    def loss(params, extra):
+        w_q = call(quantizer, params, extra)[NAME]
+        return (w_q * upstream).sum(), w_q
+
+    grads, value = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, extra)
+    return value, grads
+
+
 def blocked(a, fmt):
     a = np.asarray(a, np.float64)
     return a.reshape(*a.shape[:-1], -1, BLOCK[fmt])
@@ -61,14 +72,13 @@ def test_lsq_value_and_gradients_are_the_written_ones(fmt):
     extra = moved(quantizer, params, by=0.8 if fmt == "mxfp4" else 0.4)
     (suffix,) = {name.removeprefix(NAME) for name in extra}
     upstream = jnp.asarray(np.random.default_rng(83).standard_normal(params[NAME].shape), jnp.float32)
-    loss = lambda params, extra: (call(quantizer, params, extra)[NAME] * upstream).sum()
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, extra)
+    value, grads = with_gradients(quantizer, params, extra, upstream)
 
     X = scale_by_hand(extra[NAME + suffix], fmt, params[NAME])[..., None]
     y, g = blocked(params[NAME], fmt) / X, blocked(upstream, fmt)
     q, inside = elements(y), np.abs(y) <= 6
     assert 0.005 < 1 - inside.mean() < 0.2
-    np.testing.assert_array_equal(blocked(call(quantizer, params, extra)[NAME], fmt), q * X)
+    np.testing.assert_array_equal(blocked(value, fmt), q * X)
     np.testing.assert_allclose(blocked(grads[0][NAME], fmt), g * inside, rtol=1e-6)
     of_scale = np.sum(g * np.where(inside, q - y, np.sign(y) * 6), axis=-1) / np.sqrt(6 * BLOCK[fmt])
     of_trained = of_scale * X[..., 0] * np.log(2) * 64 if fmt == "mxfp4" else of_scale / 6
@@ -82,19 +92,18 @@ def test_dual_lsq_value_and_gradients_are_the_written_ones(fmt, on_grid):
     extra = moved(quantizer, params, by=0.8 if fmt == "mxfp4" else 0.4)
     what = quantizer.suffix
     upstream = jnp.asarray(np.random.default_rng(85).standard_normal(params[NAME].shape), jnp.float32)
-    both = lambda quantizer: jax.grad(lambda p, e: (call(quantizer, p, e)[NAME] * upstream).sum(), argnums=(0, 1))
-    grads = jax.jit(both(quantizer))(params, extra)
+    value, grads = with_gradients(quantizer, params, extra, upstream)
 
     pre, stored = scale_by_hand(extra[f"{NAME}{what}_pre"], fmt, params[NAME])[..., None], np.asarray(extra[f"{NAME}{what}_post"], np.float64)
     post = scale_by_hand(stored, fmt, params[NAME])[..., None] if on_grid else (np.exp2(stored * 64) if fmt == "mxfp4" else stored / 6)[..., None]
     y, g = blocked(params[NAME], fmt) / pre, blocked(upstream, fmt)
     q, inside = elements(y), np.abs(y) <= 6
-    np.testing.assert_allclose(blocked(call(quantizer, params, extra)[NAME], fmt), q * post, rtol=0 if on_grid else 1e-6)
+    np.testing.assert_allclose(blocked(value, fmt), q * post, rtol=0 if on_grid else 1e-6)
     np.testing.assert_allclose(blocked(grads[0][NAME], fmt), g * inside * post / pre, rtol=1e-5)
     for which, scale, of_scale in (("post", post, (g * q).sum(-1)), ("pre", pre, -(g * y * inside * post / pre).sum(-1))):
         expected = of_scale / np.sqrt(6 * BLOCK[fmt]) * (scale[..., 0] * np.log(2) * 64 if fmt == "mxfp4" else 1 / 6)
         np.testing.assert_allclose(grads[1][f"{NAME}{what}_{which}"], expected, rtol=2e-4, atol=1e-5 * np.abs(expected).max())
-    default = both(DualLsq(fmt, on_grid=on_grid))(params, extra)[1]
+    default = with_gradients(DualLsq(fmt, on_grid=on_grid), params, extra, upstream)[1][1]
     assert not np.any(default[f"{NAME}{what}_pre"]) and np.any(default[f"{NAME}{what}_post"])
 
 
@@ -142,9 +151,15 @@ def test_elements_are_those_of_the_codec_under_its_own_scales(fmt):
     x = np.concatenate([random_bits((64, 64), seed=89, dtype=BF16).astype(np.float32), np.asarray(weights()[NAME]).reshape(-1, 64)])
     x = np.where(np.abs(x) < 1e30, x, 0) * (np.abs(x) > 1e-30)
     format = Mxfp4() if fmt == "mxfp4" else Nvfp4()
-    codes, scale = format.encode(x), format.parts(format.encode(x)).scale[..., 0]
-    normal = np.repeat(np.asarray(scale) > 2.0**-124, BLOCK[fmt], axis=-1)
-    ours = np.asarray(nearest_elements(jnp.asarray(x), scale, BLOCK[fmt]))
+    codes = format.encode(x)
+
+    @jax.jit
+    def under_its_scales(x, codes):
+        scale = format.parts(codes).scale[..., 0]
+        return scale, nearest_elements(x, scale, BLOCK[fmt])
+
+    scale, ours = map(np.asarray, under_its_scales(x, codes))
+    normal = np.repeat(scale > 2.0**-124, BLOCK[fmt], axis=-1)
     theirs = np.stack([np.asarray(codes.packed) & 15, np.asarray(codes.packed) >> 4], -1).reshape(x.shape)
     np.testing.assert_array_equal(ours[normal], theirs[normal])
 
