@@ -59,6 +59,8 @@ class Arm(Section):
     # what it goes through: nothing, fake quantization with an estimator, or another quantizer of the format (`parts.py` has the names)
     format: Spec | None = None
     estimator: Spec = "ste"
+    # which weight the gradient of an expert's input goes through (`quant/two_way.py`)
+    backward_weight: Literal["quantized", "original"] = "quantized"
     quantizer: Spec | None = None
     tools: tuple[Spec, ...] = ()
     # weight of the divergence from the SFT model in the loss; cross-entropy has the rest
@@ -70,6 +72,8 @@ class Arm(Section):
     def _consistent(self):
         if self.distill and self.start != "sft":
             raise ValueError("distill needs start: sft, whose model is the teacher")
+        if self.backward_weight != "quantized" and (self.format is None or self.quantizer is not None):
+            raise ValueError("backward_weight is for fake quantization: it needs a format and no quantizer")
         if self.quantizer is not None and (self.format is None or self.estimator != "ste"):
             raise ValueError("quantizer needs a format, and takes the place of fake quantization with an estimator")
         if not self.steps and (self.tools or self.distill):

@@ -32,7 +32,8 @@ def quantizer_of(arm: Any) -> Quantizer:
     fmt = parse_format(arm.format)
     if arm.quantizer is not None:
         return _make(QUANTIZERS, "quantizer", arm.quantizer, {"format": fmt, "steps": max(arm.steps, 1)})
-    return FakeQuant(fmt, estimator_from_dict({"name": arm.estimator} if isinstance(arm.estimator, str) else arm.estimator))
+    estimator = estimator_from_dict({"name": arm.estimator} if isinstance(arm.estimator, str) else arm.estimator)
+    return FakeQuant(fmt, estimator, arm.backward_weight)
 
 
 def tools_of(arm: Any) -> tuple[Tool, ...]:

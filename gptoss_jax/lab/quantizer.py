@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from jax import lax
 from jaxtyping import Array
 
 from gptoss_jax.formats import Format, get_format
-from gptoss_jax.quant import Estimator, fake_quant, get_estimator
+from gptoss_jax.quant import Estimator, TwoWay, fake_quant, get_estimator
 from gptoss_jax.quant.estimators import estimator_to_dict
 from gptoss_jax.quant.expert_quant import PROJECTIONS
+from gptoss_jax.quant.policy import BACKWARD_WEIGHTS
 
 Params = Mapping[str, Array]
 
@@ -72,10 +74,16 @@ class FakeQuant:
 
     format: Format
     estimator: Estimator
+    # which weight the gradient of an expert's input goes through, see `quant.two_way`
+    backward_weight: str = "quantized"
 
     @classmethod
-    def of(cls, fmt: str | Format, estimator: str | Estimator = "ste") -> "FakeQuant":
-        return cls(get_format(fmt), get_estimator(estimator))
+    def of(cls, fmt: str | Format, estimator: str | Estimator = "ste", backward_weight: str = "quantized") -> "FakeQuant":
+        return cls(get_format(fmt), get_estimator(estimator), backward_weight)
+
+    def __post_init__(self):
+        if self.backward_weight not in BACKWARD_WEIGHTS:
+            raise ValueError(f"backward_weight = {self.backward_weight!r} is not {' or '.join(BACKWARD_WEIGHTS)}")
 
     def init(self, params: Params) -> dict[str, Array]:
         return {}
@@ -85,6 +93,8 @@ class FakeQuant:
         for number, name in enumerate(expert_names(params)):
             bits = jax.random.fold_in(key, number) if self.format.stochastic else None
             made[name] = fake_quant(params[name], self.format, self.estimator, key=bits)
+            if self.backward_weight == "original":
+                made[name] = TwoWay(made[name], lax.stop_gradient(params[name]))
         return {**params, **made}
 
     def round(self, params: Params, extra: Params) -> dict[str, Array]:
@@ -92,7 +102,8 @@ class FakeQuant:
         return {**params, **{name: fmt.encode_decode(params[name], params[name].dtype)[0] for name in expert_names(params)}}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": "fake_quant", "format": self.format.to_dict(), "estimator": estimator_to_dict(self.estimator)}
+        estimator = estimator_to_dict(self.estimator)
+        return {"name": "fake_quant", "format": self.format.to_dict(), "estimator": estimator, "backward_weight": self.backward_weight}
 
 
 def to_nearest(fmt: Format) -> Format:
