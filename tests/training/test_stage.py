@@ -76,7 +76,8 @@ def test_a_checkpoint_says_through_which_estimator_it_was_trained(sft, tmp_path)
     """An export carries it as provenance; the model computes with the same codes under any estimator."""
     meta = orbax_store.read_meta(sft[0] / "sft" / "checkpoints", 12)
     policy = default_policy("mxfp4", get_estimator("dge", k=4))
-    orbax_store.save(tmp_path / "checkpoints", 3, sft[1], dataclasses.replace(meta, quant=policy.to_dict()), (jax.numpy.int32(9),), assets=carried_files(NANO))
+    meta = dataclasses.replace(meta, quant=policy.to_dict())
+    orbax_store.save(tmp_path / "checkpoints", 3, sft[1], meta, (jax.numpy.int32(9),), assets=carried_files(NANO))
     model = load_model(tmp_path, jax.numpy.float32)
     assert model.policy == policy and model.source["estimator"] == {"name": "dge", "k": 4, "c": 3.0}
     assert "estimator" not in load_model(sft[0] / "sft", jax.numpy.float32).source
