@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 
 from gptoss_jax.checkpoint import orbax_store
-from gptoss_jax.checkpoint.models import carried_files
+from gptoss_jax.checkpoint.models import carried_files, load_model
 from gptoss_jax.checkpoint.source import NANO
 from gptoss_jax.data import load_tokenizer
 from gptoss_jax.errors import UsageError
 from gptoss_jax.formats import Mxfp4, Nvfp4
 from gptoss_jax.model import init_params
+from gptoss_jax.quant import default_policy, get_estimator
 from gptoss_jax.training.config import parse
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.loop import Trainer
@@ -69,6 +70,17 @@ def test_qat_begins_with_the_sft_parameters_and_a_fresh_optimizer(sft, tmp_path,
     # one epoch of packed rows
     assert directory == tmp_path / "out" and trainer.train.steps == len(trainer.batches.rows.tokens_BT) // 2 < len(ROWS) // 2
     assert f"steps: {trainer.train.steps}" in (directory / "config.yaml").read_text()
+
+
+def test_a_checkpoint_says_through_which_estimator_it_was_trained(sft, tmp_path):
+    """An export carries it as provenance; the model computes with the same codes under any estimator."""
+    meta = orbax_store.read_meta(sft[0] / "sft" / "checkpoints", 12)
+    policy = default_policy("mxfp4", get_estimator("dge", k=4))
+    meta = dataclasses.replace(meta, quant=policy.to_dict())
+    orbax_store.save(tmp_path / "checkpoints", 3, sft[1], meta, (jax.numpy.int32(9),), assets=carried_files(NANO))
+    model = load_model(tmp_path, jax.numpy.float32)
+    assert model.policy == policy and model.source["estimator"] == {"name": "dge", "k": 4, "c": 3.0}
+    assert "estimator" not in load_model(sft[0] / "sft", jax.numpy.float32).source
 
 
 def test_sft_has_no_policy_and_evaluation_passes_over_every_row_once(sft, tmp_path, begun):
