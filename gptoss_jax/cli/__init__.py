@@ -25,7 +25,7 @@ COMMANDS = {
     "chat": ("chat", "chat", "a conversation on the terminal", "chat out/"),
     "ckpt": ("ckpt", "COMMANDS", "the training checkpoints of a run: list, show, verify", "ckpt ls runs/qat"),
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
-    "lab": ("lab", "COMMANDS", "research on quantization gradients: probe a model, run experiments", "lab run configs/lab/e1_recipe.yaml"),
+    "lab": ("lab", "COMMANDS", "research on quantization gradients: probe a model, run experiments", "lab run e1_recipe"),
     "plan": ("plan", "plan", "memory, traffic, layout of a training config before anything is allocated", "plan --config FILE.yaml --device h200"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ def run(
     """Runs the arms of an experiment that have no result yet, then writes its plots and report.
 
     Args:
-        experiment: YAML file, as configs/lab/e3_estimators.yaml.
+        experiment: YAML file, or the name of one that comes along, as e3_estimators.
         overrides: settings over those of the file, as evaluation.set=dev seeds=[0].
         out: directory of the results; default runs/lab/NAME. Experiments with a common parent share their SFT stages.
         processes: that work at the same time, each on its share of the cores.
@@ -28,6 +28,7 @@ def run(
     take_share_of_cores()  # before JAX counts them
     from gptoss_jax.lab.experiment import load_experiment
 
+    experiment = _file(experiment)
     found, arms = load_experiment(experiment, overrides)
     out = out or Path("runs/lab") / found.name
     run_all(experiment, overrides, found, arms, out, processes, limit)
@@ -44,7 +45,7 @@ def plot(
     """Makes the plots and the report of an experiment again from its results; or the plots of probes.
 
     Args:
-        target: YAML file of an experiment, or a directory that `lab probe --out` filled.
+        target: YAML file or name of an experiment, or a directory that `lab probe --out` filled.
         more: the overrides that the experiment was run with; or further directories, to be shown beside the first.
         out: directory of the results, default runs/lab/NAME; of probes, where the plots go, default DIR/plots.
     """
@@ -56,8 +57,17 @@ def plot(
         return
     from gptoss_jax.lab.experiment import load_experiment
 
-    found, arms = load_experiment(target, more)
+    found, arms = load_experiment(_file(target), more)
     _report(found, arms, out or Path("runs/lab") / found.name)
+
+
+def _file(experiment: Path) -> Path:
+    """The file itself, or the one of that name in the package's configs/lab."""
+    import gptoss_jax
+
+    package = Path(gptoss_jax.__file__).parent
+    shipped = (folder / "lab" / f"{experiment}.yaml" for folder in (package / "configs", package.parent / "configs"))
+    return experiment if experiment.suffix or experiment.exists() else next((file for file in shipped if file.is_file()), experiment)
 
 
 def _report(experiment, arms, out: Path) -> None:

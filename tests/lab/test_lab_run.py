@@ -61,6 +61,8 @@ def test_two_processes_share_the_arms_and_leave_a_report(tmp_path):
     "arguments,message",
     [
         (["run", "no.yaml"], "no.yaml: cannot be read"),
+        (["run", "e9_unknown"], "e9_unknown: cannot be read"),
+        (["plot", "e1_recipe"], "no results of e1-recipe"),
         (["run", "whole.yaml", "seed=[1]"], "seed: unknown key; did you mean 'seeds'?"),
         (["run", "whole.yaml", "--processes", "0"], "--processes must be at least 1, not 0"),
         (["plot", "whole.yaml"], "no results of whole: run `gptoss-jax lab run` first"),
