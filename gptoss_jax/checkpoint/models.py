@@ -106,6 +106,9 @@ def load_model(
         params = _joined(config, LoraSpec.from_dict(lora["spec"]), params, apart)
     policy = QuantPolicy.from_dict(meta.quant) if meta.quant else None
     source = {"run": directory.parent.name, "step": step, "base": meta.source}
+    if lora is not None:  # without the path of this machine
+        base = {**lora["base"], "model": Path(lora["base"]["model"]).name}
+        source["base"] = {**meta.source, "lora": {**lora, "base": base}}
     if policy is not None:
         source["estimator"] = estimator_to_dict(policy.estimator)  # the format stands elsewhere in a manifest
     assets = orbax_store.step_dir(directory, step) / orbax_store.ASSETS

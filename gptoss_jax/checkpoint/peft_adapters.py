@@ -6,7 +6,8 @@
 PEFT wraps the experts, which are parameters and no modules, once for each of `target_parameters`. A names experts first, [E, r, in]; B names them
 last, [out, r, E] (another reading has the same shape and is silently wrong). Of two wrappers the outer one, `experts.lora_A`, is down_proj and the
 inner one, `experts.base_layer.lora_A`, gate_up_proj. Of a single one the keys do not say which it is, nor does A, whose width is the same in the
-releases: the rows of B do, 2F or D. Layers that are adapted in part are named one by one. Found out with peft 0.21.2, which the tests run.
+releases: `target_parameters` do if they name one alone, else the rows of B, 2F or D. Layers that are adapted in part are named one by one. Found out
+with peft 0.21.2, which the tests run.
 """
 
 import json
@@ -78,7 +79,7 @@ def read_peft(path: str | Path, config: GptOssConfig) -> tuple[LoraSpec, dict[st
         if match is None:
             raise UsageError(f"{path}: {key} is no adapter of attention or experts, which are all that can be read")
         layer, module, which = int(match[1]), match[2], match[3]
-        name = module.removeprefix("self_attn.") if module.startswith("self_attn") else _expert_name(path, config, file, key, module)
+        name = module.removeprefix("self_attn.") if module.startswith("self_attn") else _expert_name(path, config, raw, file, key, module)
         found[layer, name, which] = np.asarray(file.array(key)).astype(np.float32)
     layers = {layer for layer, name, _ in found if name in EXPERTS}
     targets = tuple(dict.fromkeys(name for _, name, _ in sorted(found)))
@@ -133,10 +134,13 @@ def _key(layer: int, name: str, which: str, both: bool) -> str:
     return f"base_model.model.model.layers.{layer}.{module}.lora_{which}.weight"
 
 
-def _expert_name(path, config: GptOssConfig, file: SafetensorsFile, key: str, module: str) -> str:
+def _expert_name(path, config: GptOssConfig, raw: Mapping[str, Any], file: SafetensorsFile, key: str, module: str) -> str:
     inner = key.replace(".experts.lora_", ".experts.base_layer.lora_")
     if module.endswith("base_layer") or inner in file.tensors:
         return "gate_up_proj" if module.endswith("base_layer") else "down_proj"
+    named = {target.rpartition(".")[2] for target in raw.get("target_parameters") or ()} & set(EXPERTS)
+    if len(named) == 1:
+        return named.pop()
     rows = file.tensors[key.replace("lora_A", "lora_B")].shape[0] if key.replace("lora_A", "lora_B") in file.tensors else None
     names = {2 * config.intermediate_size: "gate_up_proj", config.hidden_size: "down_proj"}
     if len(names) < 2 or rows not in names:

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from gptoss_jax.checkpoint import export_hf, open_checkpoint, orbax_store, verify_dir
 from gptoss_jax.checkpoint.models import load_base, load_model, lora_record
+from gptoss_jax.checkpoint.peft_adapters import read_peft
+from gptoss_jax.cli import main
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.formats import Mxfp4, mxfp4
 from gptoss_jax.model import init_params
@@ -113,7 +115,7 @@ def finished(base_dir, tmp_path_factory):
     return path, run(path, base_dir)
 
 
-def test_the_base_stays_packed_and_as_it_was_and_checkpoints_hold_adapters_alone(finished, base_dir):
+def test_the_base_stays_packed_and_as_it_was_and_checkpoints_hold_adapters_alone(finished, base_dir, tmp_path):
     path, trainer = finished
     before = load_base(base_dir, "mxfp4").params
     for name, value in before.items():
@@ -122,6 +124,10 @@ def test_the_base_stays_packed_and_as_it_was_and_checkpoints_hold_adapters_alone
     saved = orbax_store.restore_params(path / "checkpoints", 2)
     assert saved and all(map(is_adapter, saved))
     assert all(np.any(x) for x in saved.values()), "every adapter has moved off zero"
+    assert main(["export", str(path), str(tmp_path / "peft"), "--format", "peft"]) == 0
+    spec, read = read_peft(tmp_path / "peft", CONFIG)
+    assert (spec.rank, set(spec.targets)) == (3, {"q_proj", "gate_up_proj"})
+    assert bits(read) == bits(saved)
 
 
 def test_resumed_run_equals_the_unbroken_one(finished, base_dir):
