@@ -11,7 +11,7 @@ from gptoss_jax.model import GptOssConfig, abstract_params
 
 CARD = "README.md"
 
-# program: (command, what to know); DIR is the directory. Read in the sources of TensorRT-LLM 1.1, vLLM 0.33 and SGLang 0.5.23, run with
+# program: (command, what to know); DIR is the directory. Read in the sources of TensorRT-LLM (commit 050b6cb9), vLLM 0.33 and SGLang 0.5.23, run with
 # llama.cpp (llama-cpp-python 0.3.36) and transformers 5.24.
 _TRTLLM = ("trtllm-serve DIR", "YaRN's correction range is rounded to whole dimensions there; no pipeline parallelism for gpt-oss.")
 _VLLM = ("vllm serve DIR", "Activations in bfloat16; layers are taken to alternate, beginning with a sliding one, and rms_norm_eps to be 1e-5.")
@@ -42,8 +42,8 @@ _SERVERS = {
 }  # fmt: skip
 _REFERENCE = ("python -m gpt_oss.generate DIR", "The PyTorch and Triton backends read this layout; at most 36 layers.")
 _NVFP4 = (
-    "No inference engine is known to load NVFP4 gpt-oss today: TensorRT-LLM 1.1 and SGLang 0.5.23 have no names for these scales, vLLM 0.33 drops "
-    "them in silence (vllm-project/vllm issue 46641), llama.cpp has none for experts, transformers 5.24 leaves the global scales out. "
+    "No inference engine is known to load NVFP4 gpt-oss today: TensorRT-LLM and SGLang 0.5.23 have no names for these scales, vLLM 0.33 drops "
+    "them in silence (vllm-project/vllm issue 46641), llama.cpp has none for experts, transformers 5.24 leaves global scales of experts out. "
 )
 _NVFP4_READERS = {
     "own": "This library alone reads this layout.",
