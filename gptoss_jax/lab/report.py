@@ -120,7 +120,7 @@ def make_table(experiment: Experiment, lines: Sequence[Line]) -> Table:
         ("pull-back", rounding("pull_back"), 2, 1),
         ("values changed, %", rounding("changed"), 1, 100),
         ("scales changed, %", rounding("scales_changed"), 1, 100),
-        ("late flips, % per step", late("flip_rate"), 2, 100),
+        ("late flips per million and step", late("flip_rate"), 0, 1e6),
     ):
         if any(line.of(measure) is not None for line in lines):
             columns.append((title, lambda line, measure=measure, digits=digits, scale=scale: _mean(line.of(measure), digits, scale)))

@@ -78,7 +78,7 @@ def test_table_has_means_intervals_and_paired_ratios(experiment):
     assert cells["nvfp4"]["loss / reference"] == "0.5 [0.5-0.5]" and cells["nvfp4"]["A - reference"] == "+10.0 ±0.0"
     assert cells["plain"]["loss"] == "0.0002 ±0.0002" and cells["plain"]["loss / reference"] == "0.000909 [0.000601-0.00137]"
     assert not any(title.startswith("H") for title in table.header) and "H: 100.0 % everywhere." in table.legend
-    assert cells["nvfp4"]["late flips, % per step"] == "3.00" and cells["plain"]["late flips, % per step"] == ""
+    assert cells["nvfp4"]["late flips per million and step"] == "30000" and cells["plain"]["late flips per million and step"] == ""
     assert cells["nvfp4"]["kept, %"] == "25" and late("flip_rate")(results[0]) == pytest.approx(0.03)
 
 
