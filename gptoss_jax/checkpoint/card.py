@@ -19,7 +19,7 @@ _SGLANG = ("python3 -m sglang.launch_server --model DIR", "The number of experts
 _LLAMA = (
     "python convert_hf_to_gguf.py DIR --outfile model.gguf && llama-server -m model.gguf",
     "The tokenizer must be the release's. YaRN's correction range is rounded to whole dimensions, whatever config.json says (`truncate`), and the "
-    "CPU kernels round activations to 8 bits: a mean KL of some 0.004 and 0.002 to float32 arithmetic.",
+    "CPU kernels round activations to 8 bits: a mean KL of 0.004 and 0.002 to float32 arithmetic on a random model.",
 )
 _TRANSFORMERS = 'AutoModelForCausalLM.from_pretrained("DIR")'
 _SERVERS = {
