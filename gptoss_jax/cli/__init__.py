@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": ("compare", "compare", "how far two models are apart; is a served model the trained one", "compare out/ --endpoint http://localhost:8000"),
     "generate": ("generate", "generate", "answers to prompts, thoughts apart", 'generate out/ --prompt "How many moons has Mars?"'),
     "chat": ("chat", "chat", "a conversation on the terminal", "chat out/"),
+    "report": ("report", "report", "a page of curves, tables and samples of a run, or of several side by side", "report runs/sft runs/qat"),
     "ckpt": ("ckpt", "COMMANDS", "the training checkpoints of a run: list, show, verify", "ckpt ls runs/qat"),
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
     "lab": ("lab", "COMMANDS", "research on quantization gradients: probe a model, run experiments", "lab run configs/lab/e1_recipe.yaml"),

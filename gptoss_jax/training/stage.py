@@ -21,8 +21,9 @@ from gptoss_jax.quant import QuantPolicy, make_expert_quant
 from gptoss_jax.quant.policy import EXPERT_PROJECTIONS
 from gptoss_jax.sharding import local_rows, make_mesh
 from gptoss_jax.sharding.distributed import check_same, is_first
-from gptoss_jax.training.config import DataConfig, LoraConfig, TrainConfig
+from gptoss_jax.training.config import DataConfig, LoraConfig, Mxfp4Quant, Nvfp4Quant, TrainConfig
 from gptoss_jax.training.console import Progress
+from gptoss_jax.training.environment import environment
 from gptoss_jax.training.loop import Trainer
 from gptoss_jax.training.plan import present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
@@ -37,6 +38,11 @@ HOW_TO_GIVE_DATA = """: give data.train=FILE (.jsonl, .json, .parquet, a directo
 `gptoss-jax data inspect FILE` shows what training makes of it"""  # noqa: E501
 
 
+def number_format(quant: Mxfp4Quant | Nvfp4Quant) -> Mxfp4 | Nvfp4:
+    """The format that a `quant` section names."""
+    return Mxfp4(scale_rule=quant.scale_rule) if quant.format == "mxfp4" else Nvfp4(global_scale=quant.global_scale)
+
+
 def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None:
     """The fake quantization that a config asks for, checked against the model; None for SFT.
 
@@ -45,7 +51,7 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
     """
     if train.quant is None:
         return None
-    fmt = Mxfp4(scale_rule=train.quant.scale_rule) if train.quant.format == "mxfp4" else Nvfp4(global_scale=train.quant.global_scale)
+    fmt = number_format(train.quant)
     try:
         patterns = (EXPERT_PROJECTIONS,) if train.quant.rules is None else train.quant.rules
         rules, quant = tuple((pattern, fmt) for pattern in patterns), train.quant
@@ -190,4 +196,5 @@ def run_stage(
             start = model or load_model(train.model, jnp.dtype(train.master_dtype), shardings and shardings.params)
             trainer.start(start.params, source=start.source, donate=model is None)
         run.write_config(dump_config(train))
+        run.record_start(environment(trainer.step))
         return run.path, trainer.fit()
