@@ -1,6 +1,6 @@
 """Figures of runs: a curve of every metric, pass rates, and the load of experts; one colour per run.
 
-Where there are more than `SMOOTH_FROM` steps, each value is drawn thin and the running mean over 1/50 of them on top.
+Where there are more than `SMOOTH_FROM` steps, each value is drawn thin and on top the running mean over 1/25 of them, at least 5.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from gptoss_jax.figures import COLORS, Picture, heat_maps, log_if_wide, plain, save, style
 from gptoss_jax.training.report.runs import Run, running_mean
 
-SMOOTH_FROM, SMOOTH_SHARE = 60, 50
+SMOOTH_FROM, SMOOTH_SHARE, SMOOTH_LEAST = 40, 25, 5
 # key of metrics.jsonl -> title, unit, drawn with a running mean
 CURVES = {
     "loss": ("Loss", "nats per trained token", True),
@@ -52,7 +52,7 @@ def curves(runs: Sequence[Run], key: str, unit: str, smooth: bool, held_out: str
         name = run.name if len(runs) > 1 else "training"
         if smooth and len(points) > SMOOTH_FROM:
             axis.plot(*zip(*points), color=color, linewidth=0.6, alpha=0.35)
-            axis.plot(*zip(*running_mean(points, len(points) // SMOOTH_SHARE)), label=name, **_line(number))
+            axis.plot(*zip(*running_mean(points, max(SMOOTH_LEAST, len(points) // SMOOTH_SHARE))), label=name, **_line(number))
         elif points:
             axis.plot(*zip(*points), label=name, **_line(number))
         rows += [(run.name, key, *point) for point in points]
