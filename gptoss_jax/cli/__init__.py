@@ -15,6 +15,8 @@ COMMANDS = {
     "diagnose": ("diagnose", "diagnose", "does a fine-tuned model need QAT, or is rounding it enough?", "diagnose runs/sft"),
     "sft": ("train", "sft", "supervised fine-tuning in BF16", "sft --config configs/sft_20b.yaml optimizer.learning_rate=1e-5"),
     "qat": ("train", "qat", "quantization-aware training: the same through fake quantization", "qat --config configs/qat_mxfp4_20b.yaml"),
+    "init": ("init", "init", "starting configs (sft, qat, recipe) for your model, data and hardware", "init mine --data train.jsonl --device h100"),
+    "recipes": ("recipes", "COMMANDS", "the configs that come along: list, copy", "recipes cp sft_20b mine.yaml"),
     "import": ("convert", "import_", "safetensors checkpoint -> training checkpoint (Orbax)", "import openai/gpt-oss-20b runs/base"),
     "export": ("convert", "export", "checkpoint -> safetensors directory for inference", "export runs/qat out/ --format mxfp4"),
     "verify": ("convert", "verify", "check an exported directory: structure, hashes, weights", "verify out/ --against runs/qat"),
@@ -23,10 +25,12 @@ COMMANDS = {
     "compare": ("compare", "compare", "how far two models are apart; is a served model the trained one", "compare out/ --endpoint http://localhost:8000"),
     "generate": ("generate", "generate", "answers to prompts, thoughts apart", 'generate out/ --prompt "How many moons has Mars?"'),
     "chat": ("chat", "chat", "a conversation on the terminal", "chat out/"),
+    "report": ("report", "report", "a page of curves, tables and samples of a run, or of several side by side", "report runs/sft runs/qat"),
     "ckpt": ("ckpt", "COMMANDS", "the training checkpoints of a run: list, show, verify", "ckpt ls runs/qat"),
     "data": ("data", "COMMANDS", "what a data set turns into (inspect), what is wrong with it (validate)", "data inspect train.jsonl"),
     "lab": ("lab", "COMMANDS", "research on quantization gradients: probe a model, run experiments", "lab run e1_recipe"),
     "plan": ("plan", "plan", "memory, traffic, layout of a training config before anything is allocated", "plan --config FILE.yaml --device h200"),
+    "completion": ("completion", "completion", "a script by which a shell completes commands and options", "completion bash"),
     "env": ("env", "env", "versions, devices and what is missing; --xla-flags: settings for GPUs", "env --xla-flags --device h200"),
 }  # fmt: skip
 # run long enough to gain from memory in large pages

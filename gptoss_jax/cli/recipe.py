@@ -60,10 +60,9 @@ def recipe(
 
 def _nano_recipe() -> Path:
     """The recipe that comes with the package."""
-    import gptoss_jax
+    from gptoss_jax.cli.recipes import shipped
 
-    package = Path(gptoss_jax.__file__).parent
-    return next(p for p in (package / "configs", package.parent / "configs") if p.is_dir()) / "nano_recipe.yaml"
+    return shipped() / "nano_recipe.yaml"
 
 
 def _run(config) -> None:

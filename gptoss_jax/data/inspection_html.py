@@ -1,27 +1,18 @@
-"""An inspection as one HTML file that needs nothing else: style and drawings inside, text escaped, light and dark by the reader's setting."""
+"""An inspection as one HTML page: counts, a drawn histogram, and samples token by token."""
 
 from html import escape
 
 from gptoss_jax.data.inspection import InspectedSet, Inspection, Sample, Shown
 from gptoss_jax.data.report import QUANTILES, SetReport
+from gptoss_jax.web_page import document
 
 MAX_TOKENS = 5000  # of a sample
 WIDTH, HEIGHT, MARGIN = 720, 200, 28
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --page: #ffffff; --soft: #5a6470; --line: #d4d9df; --on: #cdeccf; --edge: #1a7f37; --bar: #3b7dd8;
-  --warn: #8a5a00 }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e8ec; --page: #14181d; --soft: #9aa5b1; --line: #333b44; --on: #1d4527; --edge: #57c96f;
-  --bar: #6ea8f0; --warn: #e6b450 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 62em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .2em 1em .2em 0; text-align: left; border-bottom: 1px solid var(--line) }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; border: 1px solid var(--line); border-radius: 6px;
-  padding: .8em }
 .on { background: var(--on); border-bottom: 2px solid var(--edge) } .special { color: var(--soft); font-weight: 600 }
 .on.special { color: inherit } .out { opacity: .45; text-decoration: line-through }
-.warn { color: var(--warn) } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg rect { fill: var(--bar) }
-svg line { stroke: var(--line) }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg rect { fill: var(--bar) } svg line { stroke: var(--line) }
 """
 
 
@@ -36,8 +27,7 @@ def page(inspection: Inspection, title: str) -> str:
         parts += [_sample(sample) for sample in s.samples]
     if inspection.problems:
         parts.append("<h2>Rows that cannot be used</h2><pre>" + escape("\n".join(inspection.problems)) + "</pre>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return document(title, parts, STYLE)
 
 
 def _table(r: SetReport) -> str:

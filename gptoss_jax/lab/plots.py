@@ -1,47 +1,17 @@
-"""Plots of an experiment, each a PNG with the plotted numbers as CSV beside it.
+"""Plots of an experiment, each a PNG with the plotted numbers as CSV beside it."""
 
-Colours are those of Okabe and Ito; markers and dashes tell the same, so that everything can be read in grey. matplotlib is the extra `plots`.
-"""
-
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure
 
+from gptoss_jax.figures import COLORS, Picture, log_if_wide, plain, save, style
 from gptoss_jax.lab.experiment import Experiment
 from gptoss_jax.lab.report import Line, Result, log_loss, loss, rate, tasks_of
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
-MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 MOST_CURVES = 12  # in one plot
-Picture = tuple[str, Path]
-
-
-def style(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of curve `number`; 8 x 4 differ."""
-    return {"color": COLORS[number % 8], "marker": MARKERS[number % 8], "linestyle": DASHES[(number + number // 8) % 4]}
-
-
-def save(figure: Figure, file: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
-    """Writes the figure and, under the same name, its numbers as CSV; returns the picture."""
-    figure.savefig(file, dpi=140, metadata={"Software": None})
-    with open(file.with_suffix(".csv"), "w", encoding="utf-8", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerows([columns, *rows])
-    return file
-
-
-def plain(axis: Any) -> None:
-    """No frame but the axes, small type, a light grid."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-    axis.grid(color="0.92", linewidth=0.6)
-    axis.set_axisbelow(True)
 
 
 def of_experiment(experiment: Experiment, lines: Sequence[Line], folder: Path) -> list[Picture]:
@@ -76,7 +46,7 @@ def outcomes(lines: Sequence[Line], file: Path) -> Path:
         plain(axis)
     for axis in axes[:-1]:
         axis.set_xlim(max(-3, axis.get_xlim()[0]), min(103, axis.get_xlim()[1]))
-    _log_if_wide(axes[-1], [value for title, _, _, value, _, _ in rows if title == "loss"], "x")
+    log_if_wide(axes[-1], [value for title, _, _, value, _, _ in rows if title == "loss"], "x")
     axes[0].set_yticks(range(len(lines)), [line.arm.name for line in lines], fontsize=8)
     axes[0].set_ylim(len(lines) - 0.4, -0.6)
     return save(figure, file, ("panel", "arm", "seed", "value", "mean", "half of the 95 % interval"), rows)
@@ -121,7 +91,7 @@ def curves(lines: Sequence[Line], file: Path) -> Path:
         points = _mean_curve([result["curve"] for result in results], len(results[0]["sft"]["history"].get("loss", ())))
         axis.plot(*zip(*points), label=line.arm.name, markersize=4, linewidth=1.4, **style(number))
         rows += [(line.arm.name, *point) for point in points]
-    _log_if_wide(axis, [row[2] for row in rows], "y")
+    log_if_wide(axis, [row[2] for row in rows], "y")
     axis.set_xlabel("optimizer steps from the base", fontsize=8)
     axis.set_ylabel("held-out loss, nats per token", fontsize=8)
     plain(axis)
@@ -157,7 +127,7 @@ def flips(lines: Sequence[Line], file: Path) -> Path:
     axis.set_ylabel("weights flipped, % per step", fontsize=8)
     axis.set_xlabel("step of the further training", fontsize=8)
     rates.set_ylabel("learning rate", fontsize=8)
-    _log_if_wide(axis, [100 * row[2] for row in rows if row[2] > 0], "y")
+    log_if_wide(axis, [100 * row[2] for row in rows if row[2] > 0], "y")
     plain(axis)
     plain(rates)
     _legend(axis, len(shown))
@@ -166,9 +136,3 @@ def flips(lines: Sequence[Line], file: Path) -> Path:
 
 def _mean_of(histories: Sequence[Result], name: str) -> list[float]:
     return [sum(values) / len(values) for values in zip(*(history[name] for history in histories))]
-
-
-def _log_if_wide(axis: Any, values: Sequence[float], which: str) -> None:
-    """A logarithmic axis where positive values spread over more than a factor of 10."""
-    if values and min(values) > 0 and max(values) > 10 * min(values):
-        (axis.set_xscale if which == "x" else axis.set_yscale)("log")

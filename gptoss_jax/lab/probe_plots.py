@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from gptoss_jax.errors import UsageError
-from gptoss_jax.lab.plots import Picture, plain, save, style
+from gptoss_jax.figures import Picture, heat_maps, plain, save, style
 from gptoss_jax.lab.probes.rows import Row, read_rows
 
 Found = dict[str, list[Row]]  # label of a directory -> rows
@@ -130,11 +129,8 @@ def cells(found: Found, file: Path) -> Path:
 
 def sqnr(found: Found, file: Path) -> Path:
     """A heat map per directory: experts across, layers and projections down. Grey: rounding changes nothing."""
-    figure = Figure(figsize=(7.5, 0.6 + sum(0.9 + 0.24 * len(_places(rows)) for rows in found.values())), layout="constrained")
-    axes, points = figure.subplots(len(found), 1, squeeze=False)[:, 0], []
-    values = [row["sqnr_db"] for rows in found.values() for row in rows if row["expert"] is not None and row["sqnr_db"] is not None]
-    low, high = (min(values), max(values)) if values else (0, 1)
-    for axis, (label, rows) in zip(axes, found.items()):
+    maps, points = {}, []
+    for label, rows in found.items():
         places = _places(rows)
         experts = sorted({row["expert"] for row in rows if row["expert"] is not None})
         grid = np.full((len(places), len(experts)), np.nan)
@@ -142,15 +138,8 @@ def sqnr(found: Found, file: Path) -> Path:
             if row["expert"] is not None and row["sqnr_db"] is not None:
                 grid[places.index((row["layer"], row["projection"])), experts.index(row["expert"])] = row["sqnr_db"]
                 points.append((label, row["layer"], row["projection"], row["expert"], row["sqnr_db"]))
-        axis.set_facecolor("0.85")
-        image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
-        axis.set_yticks(range(len(places)), [f"{layer} {projection.removesuffix('_proj')}" for layer, projection in places], fontsize=7)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("expert", fontsize=8)
-        axis.set_title(label, fontsize=9, loc="left")
-        figure.colorbar(image, ax=axis, label="SQNR, dB")
-    return save(figure, file, ("model", "layer", "projection", "expert", "SQNR dB"), points)
+        maps[label] = grid, [f"{layer} {projection.removesuffix('_proj')}" for layer, projection in places]
+    return save(heat_maps(maps, "expert", "SQNR, dB"), file, ("model", "layer", "projection", "expert", "SQNR dB"), points)
 
 
 def _places(rows: Sequence[Row]) -> list[tuple[Any, str]]:

@@ -4,7 +4,6 @@ Rates and losses are means over seeds with the 95 % interval of `statistics.py`.
 reference seed by seed: losses as their ratio (mean of the logarithms, so that halving and doubling weigh the same), rates as a difference in points.
 """
 
-import base64
 import csv
 import io
 import json
@@ -15,12 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gptoss_jax.data.inspection_html import STYLE
 from gptoss_jax.lab.experiment import Experiment, NamedArm, reference_of
 from gptoss_jax.lab.grid import results_of
 from gptoss_jax.lab.statistics import Estimate, estimate, paired
 from gptoss_jax.training.recipe.results import write_atomic
 from gptoss_jax.training.recipe.table import Table, to_markdown
+from gptoss_jax.web_page import document, picture
+from gptoss_jax.web_page import table as html_table
 
 MARKDOWN, HTML, CSV, PLOTS = "report.md", "report.html", "table.csv", "plots"
 LATE = 0.25  # share of the steps, the last ones, over which flips are averaged
@@ -211,13 +211,8 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _html(experiment: Experiment, table: Table, facts: str, pictures: Sequence[tuple[str, Path]]) -> str:
-    row = lambda cells, tag: "<tr>" + "".join(f'<{tag}{" class=n" * (i > 0)}>{escape(cell)}</{tag}>' for i, cell in enumerate(cells)) + "</tr>"
     body = [f"<h1>{escape(experiment.name)}</h1><p>{escape(experiment.question)}</p>"]
     body += [f"<p>Expected: {escape(experiment.expected)}</p>"] if experiment.expected else []
-    body += ["<table>", row(table.header, "th"), *(row(cells, "td") for cells in table.rows), "</table>"]
-    body += [f"<p>{escape(table.legend)}</p><p>{escape(facts)}</p>"]
-    for title, file in pictures:
-        data = base64.b64encode(file.read_bytes()).decode()
-        body.append(f'<h2>{escape(title)}</h2><img alt="{escape(title)}" style="max-width:100%;background:#fff" src="data:image/png;base64,{data}">')
-    head = f'<meta charset="utf-8"><title>{escape(experiment.name)}</title><style>{STYLE} body {{ max-width: 90em }}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+    body += [html_table(table.header, table.rows), f"<p>{escape(table.legend)}</p><p>{escape(facts)}</p>"]
+    body += [f"<h2>{escape(title)}</h2>{picture(title, file)}" for title, file in pictures]
+    return document(experiment.name, body, "body { max-width: 90em }")

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -329,6 +330,15 @@ class TrainConfig(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML or JSON; `parse` reads them back."""
         return self.model_dump(mode="json")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in plain values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def parse(raw: dict[str, Any], where: str = "config", lines: dict[tuple, int] | None = None) -> TrainConfig:

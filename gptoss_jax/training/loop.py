@@ -9,7 +9,7 @@ the same step.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from gptoss_jax.model import GptOssConfig
 from gptoss_jax.quant import QuantPolicy, make_expert_quant
 from gptoss_jax.sharding import place_rows
 from gptoss_jax.sharding.distributed import AgreedMaximum, on_first
-from gptoss_jax.training.config import TrainConfig
+from gptoss_jax.training.config import TrainConfig, flat
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.router import router_numbers, router_table
 from gptoss_jax.training.run_dir import RunDir
@@ -281,21 +281,13 @@ class Trainer:
         self._clock = time.monotonic()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def _check_same_run(meta: orbax_store.Meta, config: GptOssConfig, train: TrainConfig, where: str) -> None:
     """Refuses to continue with settings under which the continuation would not be that of the saved run."""
     changes = []
     for name, old, new in (("model config", meta.model, config.to_dict()), ("run config", meta.run or {}, train.to_dict())):
         # settings that the saved run did not know yet had the effect of their present defaults
         defaults = TrainConfig().to_dict() if name == "run config" else {}
-        before, after = {**dict(_flat(defaults)), **dict(_flat(old))}, dict(_flat(new))
+        before, after = {**dict(flat(defaults)), **dict(flat(old))}, dict(flat(new))
         for key in sorted(before.keys() | after.keys()):
             free = name == "run config" and key.startswith(FREE_ON_RESUME)
             if before.get(key) != after.get(key) and not free:

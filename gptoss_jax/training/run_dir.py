@@ -1,10 +1,10 @@
-"""The directory of a run: config.yaml (resolved), metrics.jsonl, router.jsonl, checkpoints/, samples/ (of eval_tasks), and a lock against a second
-run.
+"""The directory of a run: config.yaml (resolved), environment.json, metrics.jsonl, router.jsonl, checkpoints/, samples/ (of eval_tasks), report/ (of
+`gptoss-jax report`), and a lock against a second run.
 
 metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, router/... (see `router.py`), with a
 teacher the cross_entropy and kl that the loss is mixed of, and eval_loss and task/NAME where they were measured (step 0: these alone). Non-finite
 numbers are written as null with the key `nonfinite` naming them, because JSON has no NaN. router.jsonl has the routing of every layer to every expert
-at each evaluation.
+at each evaluation. environment.json lists the starts of the run (first, and after each --resume), see `environment.py`.
 
 Of many processes the first alone locks and writes; for the others the same calls do nothing. All must see the same file system.
 """
@@ -21,7 +21,8 @@ from gptoss_jax.checkpoint.orbax_store import CHECKPOINTS
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.sharding.distributed import is_first, on_first
 
-CONFIG, METRICS, ROUTER, LOCK = "config.yaml", "metrics.jsonl", "router.jsonl", ".lock"
+CONFIG, ENVIRONMENT, METRICS, ROUTER, LOCK = "config.yaml", "environment.json", "metrics.jsonl", "router.jsonl", ".lock"
+REPORT = "report"
 
 
 class RunDir:
@@ -64,14 +65,22 @@ class RunDir:
 
     def _clear(self) -> None:
         """Removes what a run writes, nothing else."""
-        for name in (CONFIG, METRICS, ROUTER):
+        for name in (CONFIG, ENVIRONMENT, METRICS, ROUTER):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path / "samples"):
+        for folder in (self.checkpoints, self.path / "samples", self.path / REPORT):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_config(self, text: str) -> None:
         if self._writes:
             (self.path / CONFIG).write_text(text, encoding="utf-8")
+
+    def record_start(self, environment: dict[str, Any]) -> None:
+        """Adds an entry to environment.json."""
+        if not self._writes:
+            return
+        file = self.path / ENVIRONMENT
+        earlier = (_parse(file.read_text(encoding="utf-8")) or []) if file.is_file() else []
+        file.write_text(json.dumps([*earlier, environment], indent=1) + "\n", encoding="utf-8")
 
     def rewind_metrics(self, step: int) -> None:
         """Drops lines after `step`, so that a resumed run writes each step once. A half-written last line goes too."""

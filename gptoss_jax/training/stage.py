@@ -5,7 +5,7 @@ A QAT stage starts from the parameters of the SFT stage (its run directory, or a
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from gptoss_jax.quant import QuantPolicy, make_expert_quant
 from gptoss_jax.quant.policy import EXPERT_PROJECTIONS
 from gptoss_jax.sharding import local_rows, make_mesh
 from gptoss_jax.sharding.distributed import check_same, is_first
-from gptoss_jax.training.config import DataConfig, LoraConfig, TrainConfig
+from gptoss_jax.training.config import DataConfig, LoraConfig, Mxfp4Quant, Nvfp4Quant, TrainConfig
 from gptoss_jax.training.console import Progress
+from gptoss_jax.training.environment import environment
 from gptoss_jax.training.loop import Trainer
-from gptoss_jax.training.plan import present_device, proposed_mesh
+from gptoss_jax.training.plan import Layout, evaluate, present_device, proposed_mesh
 from gptoss_jax.training.run_dir import RunDir
 from gptoss_jax.training.step import Shardings, TrainState
 from gptoss_jax.training.task_rates import TaskRates
@@ -37,6 +38,11 @@ HOW_TO_GIVE_DATA = """: give data.train=FILE (.jsonl, .json, .parquet, a directo
 `gptoss-jax data inspect FILE` shows what training makes of it"""  # noqa: E501
 
 
+def number_format(quant: Mxfp4Quant | Nvfp4Quant) -> Mxfp4 | Nvfp4:
+    """The format that a `quant` section names."""
+    return Mxfp4(scale_rule=quant.scale_rule) if quant.format == "mxfp4" else Nvfp4(global_scale=quant.global_scale)
+
+
 def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None:
     """The fake quantization that a config asks for, checked against the model; None for SFT.
 
@@ -45,7 +51,7 @@ def quant_policy(train: TrainConfig, config: GptOssConfig) -> QuantPolicy | None
     """
     if train.quant is None:
         return None
-    fmt = Mxfp4(scale_rule=train.quant.scale_rule) if train.quant.format == "mxfp4" else Nvfp4(global_scale=train.quant.global_scale)
+    fmt = number_format(train.quant)
     try:
         patterns = (EXPERT_PROJECTIONS,) if train.quant.rules is None else train.quant.rules
         rules, quant = tuple((pattern, fmt) for pattern in patterns), train.quant
@@ -127,6 +133,72 @@ def make_shardings(train: TrainConfig, config: GptOssConfig) -> Shardings | None
     return Shardings.on(config, make_mesh(**train.mesh.model_dump()), transport=train.expert_transport)
 
 
+class Prepared(NamedTuple):
+    """All of a stage but its weights: what its config names was found, read and checked."""
+
+    config: GptOssConfig
+    directory: Path  # of the model
+    train: TrainConfig  # with steps and mesh known
+    policy: QuantPolicy | None
+    shardings: Shardings | None
+    tokenizer: Any
+    packed: Packed
+    held_out: Packed | None
+    rates: TaskRates | None
+
+
+def prepare(train: TrainConfig, progress: Progress, model: Model | None = None) -> Prepared:
+    """Everything that can be checked before weights are read; `progress` is told what was found.
+
+    Raises:
+      UsageError: the parts of the config do not fit together, or to the model or the devices. CorruptError: bad rows.
+    """
+    config, directory = (model.config, model.directory) if model else look_at(train.model)
+    policy = quant_policy(train, config)
+    automatic, train = train.mesh.auto, with_mesh(train, config)
+    shardings = make_shardings(train, config)
+    tokenizer = load_tokenizer(directory)
+    packed, held_out = load_packed(train.data, tokenizer, progress)
+    train = train.with_steps(len(packed.rows.tokens_BT))
+    progress.steps = train.steps
+    if automatic:
+        progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
+    progress.note(f"{Path(train.output).name}: {packed.describe()}")
+    rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, Path(train.output)) if train.eval_tasks else None
+    if policy is not None:
+        progress.note(policy.describe(abstract_params(config)))
+    if train.lora:
+        progress.note(describe_adapters(train.lora, config))
+    return Prepared(config, directory, train, policy, shardings, tokenizer, packed, held_out, rates)
+
+
+def check_named(train: TrainConfig, model: Model | None = None) -> None:
+    """Raises UsageError where the config names no model, data or output."""
+    for name, value in (("model", train.model or model), ("data.train", train.data.train), ("output", train.output)):
+        if not value:
+            raise UsageError(f"config: {name} is not set{HOW_TO_GIVE_DATA if name == 'data.train' else ''}")
+
+
+def dry_run(train: TrainConfig, progress: Progress) -> TrainConfig:
+    """Checks a stage as far as that goes without weights, and estimates its memory on the devices present; writes nothing.
+
+    Raises:
+      UsageError, CorruptError: what `run_stage` would raise before it reads weights.
+    """
+    check_named(train)
+    ready = prepare(train, progress)
+    try:
+        device = present_device()
+    except UsageError:  # a card that plans know nothing about
+        return ready.train
+    if not ready.train.lora:  # frozen weights and adapters are not in the plan
+        found = evaluate(Layout(ready.config, ready.train), device)
+        peak, usable = (f"{n / 2**30:.2f} GiB" for n in (found.memory.peak, device.usable))
+        where = f"each of {ready.train.mesh.size} x {device.name}"
+        progress.note(f"memory, estimated: peak {peak} of {usable} on {where}: {'fits' if found.fits(device) else 'DOES NOT FIT'}")
+    return ready.train
+
+
 def run_stage(
     train: TrainConfig, *, resume: bool = False, overwrite: bool = False, model: Model | None = None, progress: Progress | None = None
 ) -> tuple[Path, TrainState]:
@@ -142,29 +214,12 @@ def run_stage(
     """
     if train.lora:
         model = None  # adapters are checkpointed with the name of their base, which is read in its own dtype
-    for name, value in (("model", train.model or model), ("data.train", train.data.train), ("output", train.output)):
-        if not value:
-            raise UsageError(f"config: {name} is not set{HOW_TO_GIVE_DATA if name == 'data.train' else ''}")
+    check_named(train, model)
     # products of float32 are TF32 on a GPU unless asked otherwise
     precision = jax.default_matmul_precision("highest") if train.compute_dtype == "float32" else nullcontext()
     with RunDir(train.output, resume=resume, overwrite=overwrite) as run, precision:
-        config, directory = (model.config, model.directory) if model else look_at(train.model)
-        policy = quant_policy(train, config)
-        automatic, train = train.mesh.auto, with_mesh(train, config)
-        shardings = make_shardings(train, config)
-        tokenizer = load_tokenizer(directory)
         progress = progress or Progress(console=None if is_first() else Console(quiet=True))
-        packed, held_out = load_packed(train.data, tokenizer, progress)
-        train = train.with_steps(len(packed.rows.tokens_BT))
-        progress.steps = train.steps
-        if automatic:
-            progress.note(f"mesh: auto -> {train.mesh} on {len(jax.devices())} devices")
-        progress.note(f"{Path(train.output).name}: {packed.describe()}")
-        rates = TaskRates(train.eval_tasks, config, policy, tokenizer, train.compute_dtype, run.path) if train.eval_tasks else None
-        if policy is not None:
-            progress.note(policy.describe(abstract_params(config)))
-        if train.lora:
-            progress.note(describe_adapters(train.lora, config))
+        config, directory, train, policy, shardings, tokenizer, packed, held_out, rates = prepare(train, progress, model)
         share = local_rows(train.batch.rows, train.data.row_length, shardings.batch) if shardings else slice(None)
         batches = BatchStream(packed.rows, train.batch.rows, train.seed, tokenizer, share)
         check_same("the training data or the tokenizer", batches.digest())
@@ -190,4 +245,5 @@ def run_stage(
             start = model or load_model(train.model, jnp.dtype(train.master_dtype), shardings and shardings.params)
             trainer.start(start.params, source=start.source, donate=model is None)
         run.write_config(dump_config(train))
+        run.record_start(environment(trainer.step))
         return run.path, trainer.fit()

@@ -50,6 +50,7 @@ def test_overview_answers_at_once_and_imports_no_jax(args):
 
 def test_commands_are_the_published_ones():
     expected = "demo recipe sft qat import export verify logits eval compare generate chat env data diagnose plan lab ckpt"
+    expected += " report init recipes completion"
     assert set(COMMANDS) == set(expected.split())
 
 
