@@ -27,10 +27,10 @@ SPECS = {
 
 def adapters_of(config, spec, seed=0):
     """Random, but zero in layers that are left out, as training leaves them."""
-    out = {}
-    for i, (name, leaf) in enumerate(abstract_adapters(config, spec).items()):
+    out, rng = {}, np.random.default_rng(seed)
+    for name, leaf in abstract_adapters(config, spec).items():
         mask = layer_mask(config, spec, name.rpartition(".lora_")[0])
-        out[name] = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape) * (1 if mask is None else mask)
+        out[name] = jnp.asarray(0.3 * rng.standard_normal(leaf.shape) * (1 if mask is None else mask), jnp.float32)
     return out
 
 
