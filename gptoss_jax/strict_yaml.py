@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from gptoss_jax.errors import UsageError
+from gptoss_jax.secrets import holds_secret
 
 MAX_BYTES = 1_000_000
 
@@ -59,6 +60,10 @@ def _check_keys(node: yaml.Node | None, path: tuple, lines: dict[tuple, int], wh
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
             _check_keys(child, (*path, i), lines, where)
+    if isinstance(node, yaml.ScalarNode) and holds_secret(node.value):
+        name = ".".join(map(str, path)) or "the value"
+        line = node.start_mark.line + 1
+        raise UsageError(f"{where}:{line}: {name} holds a credential, and configs are copied into runs: put it into an environment variable")
     if not isinstance(node, yaml.MappingNode):
         return
     for key, child in node.value:

@@ -7,7 +7,7 @@ from typing import Any
 import gptoss_jax
 from gptoss_jax.checkpoint.hf_layout import Layout, expected_tensors
 from gptoss_jax.checkpoint.store import read_json
-from gptoss_jax.errors import UsageError
+from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.formats import Format
 from gptoss_jax.model import GptOssConfig
 
@@ -17,6 +17,8 @@ MODELOPT_CONFIG = "hf_quant_config.json"
 OPENAI_DTYPES = "dtypes.json"  # beside OpenAI's config.json; TensorRT-LLM reads it
 NVFP4_METHODS = {"own": "gptoss_jax_nvfp4", "modelopt": "modelopt", "compressed-tensors": "compressed-tensors"}
 NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+# the template of the release has 16 kB, its tokenizer.json 28 MB; nothing of these files is run here, and nothing larger is read
+MAX_TEMPLATE_BYTES, MAX_COMPANION_BYTES = 1 << 20, 64 << 20
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -102,6 +104,18 @@ def hf_config(
     return dict(sorted(out.items()))
 
 
+def check_companions(directory: Path) -> None:
+    """Refuses companion files of a size that no tokenizer or template has, before anything reads them.
+
+    Raises:
+      CorruptError: naming the file.
+    """
+    for name in COMPANIONS:
+        limit = MAX_TEMPLATE_BYTES if name.endswith(".jinja") else MAX_COMPANION_BYTES
+        if (directory / name).is_file() and (size := (directory / name).stat().st_size) > limit:
+            raise CorruptError(f"{directory / name}: has {size:,} bytes, more than the {limit:,} that are read")
+
+
 def read_companions(source_dir: str | Path | None) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The companion files that `source_dir` has, as bytes, and its parsed config.json ({} where there is none)."""
     if source_dir is None:
@@ -109,6 +123,7 @@ def read_companions(source_dir: str | Path | None) -> tuple[dict[str, bytes], di
     source = Path(source_dir)
     if not source.is_dir():
         raise UsageError(f"{source}: no such directory to take tokenizer and config from")
+    check_companions(source)
     files = {name: (source / name).read_bytes() for name in COMPANIONS if (source / name).is_file()}
     raw = read_json(source / "config.json") if (source / "config.json").is_file() else {}
     return files, raw

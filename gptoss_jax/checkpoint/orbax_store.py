@@ -34,6 +34,7 @@ from gptoss_jax.sharding.distributed import is_first, on_each, on_first
 
 ARRAYS, META, ASSETS, MANIFEST = "arrays", "meta.json", "assets", "manifest.json"
 CHECKPOINTS = "checkpoints"  # name of DIR inside a run directory
+LOCK = ".lock"  # beside it: held by the process that writes there
 CHUNK_BYTES = 16 << 20
 
 
@@ -151,8 +152,18 @@ def save(
         raise failure from error
     if is_first():
         for old in list_steps(directory)[: -keep if keep else 0]:
-            shutil.rmtree(directory / str(old))
+            # under a name that is no step: killed half-way, it must not be listed
+            shutil.rmtree((directory / str(old)).rename(directory / f"{old}.tmp"))
     return final
+
+
+def holds_only_leftovers(run: str | Path) -> bool:
+    """Whether a directory has nothing but what a killed or failed first save left: no step, and no file of anybody else."""
+    run = Path(run)
+    if not run.is_dir() or run.is_symlink() or {path.name for path in run.iterdir()} - {CHECKPOINTS, LOCK}:
+        return False
+    checkpoints = run / CHECKPOINTS
+    return not checkpoints.exists() or (checkpoints.is_dir() and all(_is_leftover(path) for path in checkpoints.iterdir()))
 
 
 def quarantine(directory: str | Path, step: int) -> Path:
@@ -164,8 +175,12 @@ def quarantine(directory: str | Path, step: int) -> Path:
 
 def _remove_leftovers(directory: Path) -> None:
     for path in directory.iterdir():
-        if re.fullmatch(r"\d+\.tmp", path.name):
+        if _is_leftover(path):
             shutil.rmtree(path)
+
+
+def _is_leftover(path: Path) -> bool:
+    return re.fullmatch(r"\d+\.tmp", path.name) is not None
 
 
 def _write_json(path: Path, value: Any) -> None:

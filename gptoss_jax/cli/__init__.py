@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         restart_with_huge_pages(argv)
 
     from gptoss_jax.errors import GptOssError
+    from gptoss_jax.secrets import redacted
 
     module, function, _, _ = COMMANDS[argv[0]]
     try:
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gptoss-jax {argv[0]}: the package {error.name!r} is not installed; `gptoss-jax env` lists what is missing", file=sys.stderr)
         return 1
     except GptOssError as error:
-        print(f"gptoss-jax {argv[0]}: {error}", file=sys.stderr)
+        print(redacted(f"gptoss-jax {argv[0]}: {error}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of a pipe left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -33,13 +33,16 @@ def import_(
     from gptoss_jax.cli.processes import all_processes
     from gptoss_jax.sharding import storage_shardings
     from gptoss_jax.sharding.distributed import is_first, on_first
+    from gptoss_jax.training.run_dir import RunDir
 
     with all_processes("import"):
-        on_first(lambda: refuse_used(target))
+        # what a killed import left is removed by the save, under the lock that tells it from one that is still at work
+        on_first(lambda: orbax_store.holds_only_leftovers(target) or refuse_used(target))
         with byte_bar("import") as tick:
             model = load_model(source, jnp.dtype(dtype), storage_shardings, tick=tick)
         meta = orbax_store.Meta(model=model.config.to_dict(), source=model.source)
-        path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=carried_files(model.directory))
+        with RunDir(target, resume=True, overwrite=False):
+            path = orbax_store.save(target / orbax_store.CHECKPOINTS, 0, model.params, meta, assets=carried_files(model.directory))
         if is_first():
             print(f"{path}: {sum(p.size for p in model.params.values()):,} parameters, {dtype}")
 

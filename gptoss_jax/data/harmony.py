@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptoss_jax.checkpoint.hf_config import check_companions
 from gptoss_jax.data.examples import TrainOn, training_examples
 from gptoss_jax.data.rendering import SPECIAL_TOKENS, Piece, System, render, text_of
 from gptoss_jax.errors import CorruptError, UsageError
@@ -131,9 +132,19 @@ def encode_conversations(
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The fast tokenizer of a local directory, without looking anything up on a hub. UsageError when there is none."""
+    """The fast tokenizer of a local directory, without looking anything up on a hub. Code that its files name is not run, nor its chat template.
+
+    Raises:
+      UsageError: there is none.
+      CorruptError: files that are too large or that make no tokenizer.
+    """
     if not (Path(directory) / "tokenizer.json").is_file():
         raise UsageError(f"no tokenizer.json in {str(directory)!r}")
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    check_companions(Path(directory))
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # many kinds, of Rust and of Python
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CorruptError(f"{directory}: its files make no tokenizer ({reason})") from None

@@ -231,6 +231,8 @@ def _base(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"{url!r} is no URL: give it as http://HOST:PORT")
+    if "@" in parts.netloc:
+        raise UsageError(f"the URL of {parts.hostname} holds a credential: put the key into the environment variable {API_KEY}")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}"
 

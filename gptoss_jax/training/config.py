@@ -281,6 +281,8 @@ class TrainConfig(Section):
     # in steps; the start (evaluation) and the end (both) come in any case
     eval_every: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None
+    # a loss so many robust standard deviations above the median of the last 64 (training/spikes.py) is told and its batch kept; None: none is
+    spike_sigmas: PositiveFloat | None = None
     # task files, or names of tasks that come along: pass rates of the present parameters, measured together with the evaluation loss
     eval_tasks: tuple[str, ...] = ()
     # newest checkpoints that stay on disk

@@ -28,8 +28,9 @@ from gptoss_jax.sharding.distributed import AgreedMaximum, on_first
 from gptoss_jax.training.config import TrainConfig, flat
 from gptoss_jax.training.console import Progress
 from gptoss_jax.training.router import router_numbers, router_table
-from gptoss_jax.training.run_dir import RunDir
+from gptoss_jax.training.run_dir import METRICS, RunDir, read_metrics
 from gptoss_jax.training.signals import Interrupted, StopRequest
+from gptoss_jax.training.spikes import SpikeWatch
 from gptoss_jax.training.step import (
     Params,
     Shardings,
@@ -48,7 +49,7 @@ MAX_SKIPPED_IN_ROW = 3
 # settings that may change between a run and its continuation: they do not touch the result
 FREE_ON_RESUME = (
     "model", "output", "data.train", "data.eval", "eval_every", "eval_tasks", "checkpoint_every", "keep", "mesh.", "expert_transport",
-    "batch.accumulation",
+    "batch.accumulation", "spike_sigmas",
 )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ class Trainer:
     ):
         expert_quant = make_expert_quant(policy, jnp.dtype(train.compute_dtype))
         self.config, self.train, self.run, self.batches, self.policy = config, train, run, batches, policy
-        self.measure = measure
+        self.measure, self.spike = measure, SpikeWatch(train.spike_sigmas)
         self.eval_batches, self.shardings, self.assets = eval_batches, shardings, tuple(assets)
         self.progress = progress or Progress(train.steps)
         self.train_step = make_train_step(config, train, expert_quant, shardings, teacher)
@@ -127,7 +128,9 @@ class Trainer:
         step = self._newest_good_step()
         if step is not None:
             self._restore(step, base or {}, source)
-        self.run.rewind_metrics(-1 if step is None else step)
+        on_first(lambda: self.run.rewind_metrics(-1 if step is None else step))
+        if self.train.spike_sigmas is not None and (self.run.path / METRICS).exists():
+            self.spike.restore(line.get("loss") for line in read_metrics(self.run.path))
         return step
 
     def _newest_good_step(self) -> int | None:
@@ -168,31 +171,31 @@ class Trainer:
           NumericsError: loss or gradients not finite in 3 steps in a row; the last checkpoint stays as it is.
           Interrupted: SIGTERM or SIGINT came; the state is saved. With several processes they agree on it, after at most two more steps.
         """
-        pending = batch = None
+        pending = placed = None
         saved, agreed, signum = self.step, AgreedMaximum(), 0
         with StopRequest() as stop, self.progress:
             if self.step == 0:
                 self._evaluate_into({"step": 0})
             while self.step < self.train.steps and not (signum := agreed(stop.signum or 0)):
                 position = self.batches.state()
-                batch = self._next_batch()
+                batch, placed = self._next_batch()
                 with jax.transfer_guard("disallow"):
-                    self.state, metrics = self.train_step(self.state, batch, *self.teacher)
+                    self.state, metrics = self.train_step(self.state, placed, *self.teacher)
                 self.step += 1
                 if pending is not None:
                     self._report(*pending)
-                pending = (self.step, metrics, position)
+                pending = (self.step, metrics, position, batch)
                 evaluate, save = self._is_due(self.train.eval_every), self._is_due(self.train.checkpoint_every)
                 if evaluate or save:
                     self._report(*pending, evaluate=evaluate)
                     pending = None
                 if save:
-                    self._save(batch)
+                    self._save(placed)
                     saved = self.step
             if pending is not None:
                 self._report(*pending, evaluate=self.step == self.train.steps)
             if self.step > saved:
-                self._save(batch)
+                self._save(placed)
         if signum and self.step < self.train.steps:
             kept = f"step {self.step} is saved in {self.run.checkpoints}" if self.step else "before the first step"
             raise Interrupted(f"stopped by signal {signum}: {kept}; go on with --resume", signum)
@@ -206,11 +209,13 @@ class Trainer:
         """On the devices, from the whole batch or from this process's rows of it."""
         return place_rows(batch, self.train.batch.rows, self.shardings.batch) if self.shardings else jax.device_put(batch, self._device)
 
-    def _next_batch(self) -> Any:
+    def _next_batch(self) -> tuple[Any, Any]:
+        """The next batch as it came, and on the devices."""
         try:
-            return self._place(next(self.batches))
+            batch = next(self.batches)
         except StopIteration:
             raise RunError(f"the data ended after step {self.step} of {self.train.steps}") from None
+        return batch, self._place(batch)
 
     def evaluate(self) -> float | None:
         """Mean loss over the evaluation set under the numerics of training, None without one."""
@@ -235,7 +240,7 @@ class Trainer:
             self.progress.show(record)
         self._clock = None if record["step"] == 0 else time.monotonic()
 
-    def _report(self, step: int, metrics: Mapping[str, jax.Array], position: Mapping[str, Any], evaluate: bool = False) -> None:
+    def _report(self, step: int, metrics: Mapping[str, jax.Array], position: Mapping[str, Any], batch: Any, evaluate: bool = False) -> None:
         values = jax.device_get(dict(metrics))
         router = values.pop("router")
         values = {name: value.item() for name, value in values.items()}
@@ -249,8 +254,14 @@ class Trainer:
         if self.teacher:
             record.update((name, values[name]) for name in ("cross_entropy", "kl"))
         record.update(router_numbers(router))
-        if values["skipped"]:
+        spike = self.spike(values["loss"])
+        if values["skipped"] or spike is not None:
             record["batch"] = position = {key: value for key, value in position.items() if key != "fingerprint"}
+            record["batch_file"] = self.run.keep_batch(step, batch._asdict())
+        if spike is not None:
+            record["spike"] = spike
+            kept = f"; its batch is {record['batch_file']}" if record["batch_file"] else ""
+            self.progress.note(f"WARNING: loss {values['loss']:.4f} of step {step} is {spike} sigmas above that of the last steps{kept}")
         if evaluate:
             self._evaluate_into(record)
             self.run.log_router(router_table(step, router))

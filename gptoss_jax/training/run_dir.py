@@ -1,5 +1,5 @@
-"""The directory of a run: config.yaml (resolved), environment.json, metrics.jsonl, router.jsonl, checkpoints/, samples/ (of eval_tasks), report/ (of
-`gptoss-jax report`), and a lock against a second run.
+"""The directory of a run: config.yaml (resolved), environment.json, metrics.jsonl, router.jsonl, checkpoints/, samples/ (of eval_tasks), batches/ (of
+steps that went wrong), report/ (of `gptoss-jax report`), and a lock against a second run.
 
 metrics.jsonl has one object per step: step, loss, grad_norm, lr, tokens, trained_tokens, skipped, tok_per_s, router/... (see `router.py`), with a
 teacher the cross_entropy and kl that the loss is mixed of, and eval_loss and task/NAME where they were measured (step 0: these alone). Non-finite
@@ -9,20 +9,27 @@ at each evaluation. environment.json lists the starts of the run (first, and aft
 Of many processes the first alone locks and writes; for the others the same calls do nothing. All must see the same file system.
 """
 
+import errno
 import fcntl
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from gptoss_jax.checkpoint.orbax_store import CHECKPOINTS
+import jax
+import numpy as np
+
+from gptoss_jax.checkpoint.orbax_store import CHECKPOINTS, LOCK
 from gptoss_jax.errors import RunError, UsageError
 from gptoss_jax.sharding.distributed import is_first, on_first
 
-CONFIG, ENVIRONMENT, METRICS, ROUTER, LOCK = "config.yaml", "environment.json", "metrics.jsonl", "router.jsonl", ".lock"
+CONFIG, ENVIRONMENT, METRICS, ROUTER, BATCHES = "config.yaml", "environment.json", "metrics.jsonl", "router.jsonl", "batches"
 REPORT = "report"
+MAX_KEPT_BATCHES = 20  # of 2.6 MB each with 32 rows of 4096 tokens
 
 
 class RunDir:
@@ -67,12 +74,27 @@ class RunDir:
         """Removes what a run writes, nothing else."""
         for name in (CONFIG, ENVIRONMENT, METRICS, ROUTER):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path / "samples", self.path / REPORT):
+        for folder in (self.checkpoints, self.path / "samples", self.path / BATCHES, self.path / REPORT):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_config(self, text: str) -> None:
         if self._writes:
-            (self.path / CONFIG).write_text(text, encoding="utf-8")
+            with self._writing(CONFIG):
+                _replace(self.path / CONFIG, text)
+
+    def keep_batch(self, step: int, batch: Mapping[str, Any]) -> str | None:
+        """Writes the arrays of a batch to batches/STEP.npz, for inspection; of many processes each writes its rows. After 20 of them no more.
+
+        Returns the name of the file within the run directory.
+        """
+        rows = f".process-{jax.process_index()}" if jax.process_count() > 1 else ""
+        folder, name = self.path / BATCHES, f"{step}{rows}.npz"
+        if not (folder / name).exists() and folder.is_dir() and len(list(folder.glob(f"*{rows}.npz"))) >= MAX_KEPT_BATCHES:
+            return None
+        with self._writing(f"{BATCHES}/{name}"):
+            folder.mkdir(exist_ok=True)
+            np.savez_compressed(folder / name, **{key: np.asarray(value) for key, value in batch.items()})
+        return f"{BATCHES}/{name}"
 
     def record_start(self, environment: dict[str, Any]) -> None:
         """Adds an entry to environment.json."""
@@ -86,7 +108,8 @@ class RunDir:
         """Drops lines after `step`, so that a resumed run writes each step once. A half-written last line goes too."""
         for file in (self.path / METRICS, self.path / ROUTER):
             if self._writes and file.exists():
-                _rewind(file, step)
+                with self._writing(file.name):
+                    _rewind(file, step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl, readable by others at once."""
@@ -100,10 +123,20 @@ class RunDir:
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if not self._writes:
             return
-        if name not in self._lines:
-            self._lines[name] = open(self.path / name, "a", encoding="utf-8")
-        self._lines[name].write(json.dumps(record) + "\n")
-        self._lines[name].flush()
+        with self._writing(name):
+            if name not in self._lines:
+                self._lines[name] = open(self.path / name, "a", encoding="utf-8")
+            self._lines[name].write(json.dumps(record) + "\n")
+            self._lines[name].flush()
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """One line for what the file system refuses."""
+        try:
+            yield
+        except OSError as error:
+            what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            raise RunError(f"{self.path / name}: cannot be written ({what}); go on with --resume when that is mended") from None
 
     def __enter__(self) -> "RunDir":
         return self
@@ -111,13 +144,19 @@ class RunDir:
     def __exit__(self, *_) -> None:
         for file in (*self._lines.values(), self._lock):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # a line that a full disk refused is still in the buffer, and its error has been told
+                    file.close()
 
 
 def _rewind(file: Path, step: int) -> None:
     kept = [line for line in file.read_text(encoding="utf-8").splitlines() if (record := _parse(line)) and record["step"] <= step]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    _replace(file, "".join(line + "\n" for line in kept))
+
+
+def _replace(file: Path, text: str) -> None:
+    """The old text or the new, also for a process that is killed here."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 
