@@ -56,7 +56,7 @@ def test_one_run_becomes_a_page_with_its_numbers_figures_and_samples(tmp_path, c
     page, text = ((run / "report" / name).read_text() for name in ("report.html", "report.md"))
     for expected in ("Load of every expert", "wrong &amp; short", "&lt;/pre&gt;&lt;b&gt;No", "optimizer.learning_rate", "versions.jax", "2 (batch"):
         assert expected in page, expected
-    assert page.count("data:image/png") == 7 and "<b>No" not in page and "http" not in page.split("<body>")[0]
+    assert page.count("data:image/png") == 8 and "<b>No" not in page and "http" not in page.split("<body>")[0]
     assert all((run / "report" / link.split(")")[0]).is_file() for link in text.split("](")[1:])
     with open(run / "report" / "plots" / "load.csv") as handle:
         loads = {(row["layer"], row["expert"]): float(row["load"]) for row in csv.DictReader(handle)}
