@@ -69,5 +69,7 @@ def heat_maps(maps: Mapping[str, tuple[np.ndarray, Sequence[str]]], across: str,
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel(across, fontsize=8)
         axis.set_title(title, fontsize=9, loc="left")
-        figure.colorbar(image, ax=axis, label=unit)
+        bar = figure.colorbar(image, ax=axis)
+        bar.set_label(unit, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     return figure

@@ -41,7 +41,7 @@ def _options(function: Callable) -> Iterator[Option]:
     hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         kind, extras = _without_annotations(hints[name])
-        if parameter.kind is parameter.POSITIONAL_ONLY or any("Positional" in repr(extra) for extra in extras):
+        if parameter.kind is parameter.POSITIONAL_ONLY or tyro.conf.Positional in extras:
             continue
         renamed = next((extra.name for extra in extras if getattr(extra, "name", None)), None)
         parts = [part for part in (typing.get_args(kind) if typing.get_origin(kind) is not Literal else [kind]) if part is not type(None)] or [kind]

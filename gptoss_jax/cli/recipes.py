@@ -21,7 +21,10 @@ def ls() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "for", "", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "for"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("what")
     for file in sorted(shipped().rglob("*.yaml")):
         table.add_row(file.relative_to(shipped()).with_suffix("").as_posix(), _command(file), _first_sentence(file))
     Console(highlight=False, markup=False).print(table)

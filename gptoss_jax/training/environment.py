@@ -35,7 +35,7 @@ def environment(from_step: int = 0) -> dict[str, Any]:
     return {
         "from_step": from_step,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["gptoss-jax" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0], *sys.argv[1:]]),
+        "command": _command(),
         "versions": versions | {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit(),
         "platform": platform.platform(),
@@ -44,6 +44,13 @@ def environment(from_step: int = 0) -> dict[str, Any]:
         "processes": jax.process_count(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
+
+
+def _command() -> str:
+    """`python -m gptoss_jax`, which the command line also restarts itself as, is the command."""
+    program = Path(sys.argv[0])
+    ours = program.name == "gptoss-jax" or program.parent == Path(gptoss_jax.__file__).parent
+    return shlex.join(["gptoss-jax" if ours else sys.argv[0], *sys.argv[1:]])
 
 
 def commit() -> str | None:

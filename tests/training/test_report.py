@@ -4,12 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 import yaml
 
+import gptoss_jax
 from gptoss_jax.checkpoint import orbax_store
 from gptoss_jax.cli import main
 from gptoss_jax.errors import CorruptError, UsageError
@@ -56,7 +58,7 @@ def test_one_run_becomes_a_page_with_its_numbers_figures_and_samples(tmp_path, c
     page, text = ((run / "report" / name).read_text() for name in ("report.html", "report.md"))
     for expected in ("Load of every expert", "wrong &amp; short", "&lt;/pre&gt;&lt;b&gt;No", "optimizer.learning_rate", "versions.jax", "2 (batch"):
         assert expected in page, expected
-    assert page.count("data:image/png") == 7 and "<b>No" not in page and "http" not in page.split("<body>")[0]
+    assert page.count("data:image/png") == 8 and "<b>No" not in page and "http" not in page.split("<body>")[0]
     assert all((run / "report" / link.split(")")[0]).is_file() for link in text.split("](")[1:])
     with open(run / "report" / "plots" / "load.csv") as handle:
         loads = {(row["layer"], row["expert"]): float(row["load"]) for row in csv.DictReader(handle)}
@@ -154,3 +156,11 @@ def test_commit_is_of_the_package_and_not_of_a_checkout_around_it(tmp_path, monk
     assert len(found) == 40
     (package / "__init__.py").write_text("changed")
     assert module.commit() == f"{found}-dirty"
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/gptoss-jax", f"{Path(gptoss_jax.__file__).parent}/__main__.py"])
+def test_the_command_is_recorded_as_it_can_be_typed_again(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "sft", "data.train=my file.jsonl"])
+    assert environment()["command"] == "gptoss-jax sft 'data.train=my file.jsonl'"
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    assert environment()["command"] == "mine.py"

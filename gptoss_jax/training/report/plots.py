@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gptoss_jax.figures import COLORS, Picture, heat_maps, log_if_wide, plain, save, style
 from gptoss_jax.training.report.runs import Run, running_mean
@@ -107,6 +108,7 @@ def _line(number: int) -> dict[str, Any]:
 
 def _finish(axis: Any, unit: str, legend: bool) -> None:
     axis.set_xlabel("step", fontsize=8)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel(unit, fontsize=8)
     plain(axis)
     if legend and axis.get_legend_handles_labels()[0]:
