@@ -79,6 +79,7 @@ class Reference:
         frequency = base ** (np.arange(half) / half)
         border = lambda rotations: half * math.log(c["initial_context_length"] / (rotations * 2 * math.pi)) / math.log(base)
         low, high = border(c["rope_ntk_beta"]), border(c["rope_ntk_alpha"])
+        assert 0 < low < high < half - 1  # as the reference does
         extrapolated = 1 - np.clip((np.arange(half) - low) / (high - low), 0, 1)
         inverse = (1 - extrapolated) / (factor * frequency) + extrapolated / frequency
         concentration = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
