@@ -27,8 +27,8 @@ SECRETS = {
     "URL with a token": "https://t0ken@example.org/model",
 }
 HARMLESS = (
-    "openai/gpt-oss-20b", "data/train.jsonl", "Anthropic/hh-rlhf:helpful@train", "me@example.org", "http://localhost:8000/v1", "hf_model", "runs/sk-1",
-    "https://example.org/a@b", "*.experts.gate_up_proj", "hf_20b", "task-sk-learn-and-other-long-words-behind-it",
+    "openai/gpt-oss-20b", "data/train.jsonl", "Anthropic/hh-rlhf:helpful@train", "me@example.org", "http://localhost:8000/v1", "hf_model",
+    "runs/sk-1", "https://example.org/a@b", "*.experts.gate_up_proj", "hf_20b", "task-sk-learn-and-other-long-words-behind-it",
 )  # fmt: skip
 
 

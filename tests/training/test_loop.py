@@ -150,7 +150,8 @@ def test_non_finite_steps_are_skipped_logged_and_three_in_a_row_stop(tmp_path):
     lines = read_metrics(tmp_path / "out")
     assert [line["skipped"] for line in lines[1:]] == [1, 1, 0, 1, 1, 1]
     kept = np.load(tmp_path / "out" / lines[4]["batch_file"])
-    assert lines[4]["batch_file"] == "batches/4.npz" and {p.name for p in (tmp_path / "out" / "batches").iterdir()} == {f"{n}.npz" for n in (1, 2, 4, 5, 6)}
+    assert lines[4]["batch_file"] == "batches/4.npz"
+    assert {p.name for p in (tmp_path / "out" / "batches").iterdir()} == {f"{step}.npz" for step in (1, 2, 4, 5, 6)}
     again = Batches(poison=(3,))
     again.index = 3
     assert all((kept[name] == value).all() for name, value in next(again)._asdict().items())
