@@ -7,10 +7,10 @@ services that people use beside this library, by the prefixes that those gave th
 
 import re
 
-_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_IN_URL = re.compile(r"(:/{1,2})[^/\s@'\"]+(?=@)")  # one slash is left where the address was taken for a path
 # Hugging Face, OpenAI and Anthropic, GitHub (classic, fine-grained), GitLab, AWS key ids, Google, Slack
 _TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{20,}"
+    r"(?<![A-Za-z0-9_-])(?:hf_[A-Za-z0-9]{20,}|sk-(?=[a-z0-9_-]*[A-Z])(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|glpat-[A-Za-z0-9_-]{20,}"
     r"|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}|xox[abprs]-[A-Za-z0-9-]{10,})"
 )
 BLOT = "***"
@@ -18,7 +18,7 @@ BLOT = "***"
 
 def redacted(text: str) -> str:
     """The text with *** in the place of every credential."""
-    return _TOKEN.sub(BLOT, _IN_URL.sub(BLOT, text))
+    return _TOKEN.sub(BLOT, _IN_URL.sub(rf"\1{BLOT}", text))
 
 
 def holds_secret(text: str) -> bool:

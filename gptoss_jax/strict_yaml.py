@@ -4,6 +4,7 @@ PyYAML's own loader takes the last of two equal keys, reads 1e-5 as text, `no` a
 (true/false/null, decimal integers, floats with or without a point), equal keys, anchors, tags and files over 1 MB are refused, with the line.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,22 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|~|
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), ["t", "f"])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), _DIGITS)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"), _DIGITS)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or the loader above would read as something else: `no` and `1e5`."""
+
+    yaml_implicit_resolvers: dict = {  # noqa: RUF012
+        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+        for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _Loader.yaml_implicit_resolvers.keys()
+    }
+
+
+def dump_yaml(values: Any) -> str:
+    """YAML that `parse_yaml` reads back to equal values, which are those of JSON."""
+    # PyYAML writes these ends of lines as they are and reads them as spaces; escaped they come back
+    ends = re.search("[\x85\u2028\u2029]", json.dumps(values, ensure_ascii=False))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=not ends)
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple, int]]:

@@ -146,6 +146,8 @@ def save(
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / 2**30
         free = shutil.disk_usage(directory).free / 2**30 if directory.is_dir() else float("nan")
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if "No space left" not in reason and "No space left" in f"{error}{error.__cause__}":  # below 30 lines that describe the array
+            reason = "No space left on device"
         room = f"{needed:.2f} GiB needed, {free:.2f} GiB free"
         failure = RunError(f"checkpoint of step {step} was not written to {directory} ({room}): {reason}")
         failure.everywhere = getattr(error, "everywhere", False)

@@ -63,7 +63,8 @@ def load_json(text: str | bytes, where: str) -> Any:
         return out
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        # bytes are decoded here: json would take UTF-16 and UTF-32, which no other reader does
+        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: not valid JSON ({str(error)[:120]})") from None
 
@@ -158,10 +159,10 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise CorruptError(f"{path}: cannot be read ({error.strerror})") from None
     header = load_json(text, f"{path}: header")
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or text[:1] != b"{":
         raise CorruptError(f"{path}: the header is no JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) and _is_text(key + value) for key, value in metadata.items()):
         raise CorruptError(f"{path}: __metadata__ must map strings to strings")
     tensors = {name: _tensor_info(path, name, raw, base=8 + length) for name, raw in header.items()}
     position = 8 + length
@@ -177,6 +178,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _tensor_info(path: Path, name: str, raw: Any, base: int) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
+    if not _is_text(name):
+        raise CorruptError(f"{where}: half a character in the name, which no other reader takes and no terminal shows")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise CorruptError(f"{where}: entry must have dtype, shape and data_offsets")
     if not isinstance(raw["dtype"], str) or raw["dtype"] not in DTYPES:
@@ -190,6 +193,15 @@ def _tensor_info(path: Path, name: str, raw: Any, base: int) -> TensorInfo:
     if span != need:
         raise CorruptError(f"{where}: {raw['dtype']} {shape} needs {need} bytes, data_offsets span {span}")
     return TensorInfo(name, raw["dtype"], tuple(shape), base + offsets[0], base + offsets[1], path)
+
+
+def _is_text(text: str) -> bool:
+    r"""JSON can spell half of a surrogate pair (\ud800), which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _naturals(value: Any) -> bool:

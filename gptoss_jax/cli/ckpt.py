@@ -40,6 +40,7 @@ def show(checkpoint: Annotated[Path, tyro.conf.Positional], as_json: Annotated[b
     """
     from gptoss_jax.checkpoint import orbax_store
     from gptoss_jax.errors import UsageError
+    from gptoss_jax.strict_yaml import dump_yaml
 
     found = orbax_store.locate(checkpoint)
     if found is None:
@@ -51,8 +52,6 @@ def show(checkpoint: Annotated[Path, tyro.conf.Positional], as_json: Annotated[b
         shapes = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in params.items()}
         print(json.dumps({"step": step, **vars(meta), "params": shapes}))
         return
-    import yaml
-
     from gptoss_jax.quant import QuantPolicy
 
     row = _summary(directory, step)
@@ -65,7 +64,7 @@ def show(checkpoint: Annotated[Path, tyro.conf.Positional], as_json: Annotated[b
     if meta.data_state:
         print("next batch: " + ", ".join(f"{key} {value}" for key, value in meta.data_state.items() if key != "fingerprint"))
     if meta.run:
-        print(f"\n{yaml.safe_dump(dict(meta.run), sort_keys=False, allow_unicode=True)}")
+        print(f"\n{dump_yaml(dict(meta.run))}")
     for name, x in params.items():
         print(f"{name:<60} {x.dtype!s:<9} {'x'.join(map(str, x.shape))}")
 

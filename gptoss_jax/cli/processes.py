@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gptoss_jax.errors import GptOssError, RunError, UsageError
+from gptoss_jax.secrets import redacted
 
 # how a collective fails whose other side is gone
 GONE = re.compile(r"Gloo \S+ failed|Connection (reset|closed)|Socket closed|NCCL .*(abort|remote)", re.IGNORECASE)
@@ -57,7 +58,7 @@ def _report(command: str, error: BaseException) -> int:
     where = f"gptoss-jax {command}: process {jax.process_index()}: "
     if isinstance(error, GptOssError):
         if not error.everywhere or jax.process_index() == 0:
-            print(f"{where}{error}", file=sys.stderr, flush=True)
+            print(redacted(f"{where}{error}"), file=sys.stderr, flush=True)
         return error.exit_code
     first_line = str(error).partition("\n")[0]
     if isinstance(error, Exception) and GONE.search(first_line):

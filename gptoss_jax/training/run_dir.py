@@ -11,6 +11,7 @@ Of many processes the first alone locks and writes; for the others the same call
 
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -80,7 +81,7 @@ class RunDir:
     def write_config(self, text: str) -> None:
         if self._writes:
             with self._writing(CONFIG):
-                _replace(self.path / CONFIG, text)
+                _replace(self.path / CONFIG, text.encode())
 
     def keep_batch(self, step: int, batch: Mapping[str, Any]) -> str | None:
         """Writes the arrays of a batch to batches/STEP.npz, for inspection; of many processes each writes its rows. After 20 of them no more.
@@ -93,7 +94,9 @@ class RunDir:
             return None
         with self._writing(f"{BATCHES}/{name}"):
             folder.mkdir(exist_ok=True)
-            np.savez_compressed(folder / name, **{key: np.asarray(value) for key, value in batch.items()})
+            content = io.BytesIO()
+            np.savez_compressed(content, **{key: np.asarray(value) for key, value in batch.items()})
+            _replace(folder / name, content.getvalue())
         return f"{BATCHES}/{name}"
 
     def record_start(self, environment: dict[str, Any]) -> None:
@@ -150,14 +153,18 @@ class RunDir:
 
 def _rewind(file: Path, step: int) -> None:
     kept = [line for line in file.read_text(encoding="utf-8").splitlines() if (record := _parse(line)) and record["step"] <= step]
-    _replace(file, "".join(line + "\n" for line in kept))
+    _replace(file, "".join(line + "\n" for line in kept).encode())
 
 
-def _replace(file: Path, text: str) -> None:
-    """The old text or the new, also for a process that is killed here."""
+def _replace(file: Path, content: bytes) -> None:
+    """The old content or the new, also after a process that is killed here or a disk that is full."""
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _parse(line: str) -> dict[str, Any] | None:

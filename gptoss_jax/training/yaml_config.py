@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gptoss_jax.errors import UsageError
-from gptoss_jax.strict_yaml import merge, parse_yaml, read_mapping
+from gptoss_jax.strict_yaml import dump_yaml, merge, parse_yaml, read_mapping
 from gptoss_jax.training.config import TrainConfig, parse
 
 
@@ -48,4 +46,4 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
 
 def dump_config(config: TrainConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal value."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.to_dict())

@@ -63,13 +63,12 @@ def test_save_on_a_full_disk_keeps_the_steps_before_and_works_when_there_is_room
 
 
 def test_metrics_on_a_full_disk_end_the_run_in_one_line_and_can_be_read(disk):
-    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written \(the disk is full\)") as error, RunDir(
-        disk / "run", resume=False, overwrite=False
-    ) as run:
+    with RunDir(disk / "run", resume=False, overwrite=False) as run:
         run.log({"step": 0})
         fill(disk)
-        for step in range(1, 10_000):
-            run.log({"step": step})
+        with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written \(the disk is full\)") as error:
+            for step in range(1, 10_000):
+                run.log({"step": step})
     only_line(error)
     (disk / "filler").unlink()
     with RunDir(disk / "run", resume=True, overwrite=False) as run:
@@ -99,12 +98,13 @@ def test_export_on_a_disk_that_fills_while_it_writes_leaves_nothing(disk, monkey
 
 def test_commands_say_in_one_line_that_the_disk_has_no_room(disk, tmp_path, capsys):
     export_hf(tmp_path / "source", CONFIG, make_params(), format=Mxfp4())
-    for command in (["export", str(tmp_path / "source"), str(disk / "out"), "--format", "mxfp4"], ["import", str(tmp_path / "source"), str(disk / "run")]):
+    source, target = str(tmp_path / "source"), str(disk / "run")
+    for command in (["export", source, target, "--format", "mxfp4"], ["import", source, target]):
         fill(disk, leave=60_000)
         assert main(command) == 1
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         (disk / "filler").unlink()
-    assert main(["import", str(tmp_path / "source"), str(disk / "run")]) == 0, "the failed import is not in the way"
+    assert main(["import", source, target]) == 0, "the failed import is not in the way"
 
 
 def test_a_read_only_place_gets_one_line_and_exit_code_1(disk, tmp_path, capsys):

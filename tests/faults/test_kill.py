@@ -16,7 +16,7 @@ import pytest
 from gptoss_jax.checkpoint import export_hf, orbax_store, verify_dir
 from gptoss_jax.cli import main
 from gptoss_jax.formats import Mxfp4
-from gptoss_jax.training.run_dir import BATCHES, CONFIG, METRICS, read_metrics
+from gptoss_jax.training.run_dir import CONFIG, METRICS, ROUTER, read_metrics
 from gptoss_jax.training.yaml_config import load_config
 from tests.conftest import CACHE
 from tests.faults import worker
@@ -32,7 +32,7 @@ def killed(*args, after: int, delay: float) -> list[str] | None:
     """Output of a worker that is killed `delay` seconds after its line number `after`; None where it ended before that."""
     env = {
         **os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "JAX_NUM_CPU_DEVICES": "8", "HF_TOKEN": "hf_" + "s3cret" * 5,
+        "JAX_NUM_CPU_DEVICES": "8", "PYTHONUNBUFFERED": "1", "HF_TOKEN": "hf_" + "s3cret" * 5,
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.faults.worker", *map(str, args)]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -62,7 +62,7 @@ def test_training_killed_at_random_moments_ends_as_the_unbroken_run(tmp_path):
     unbroken = worker.train(tmp_path / "unbroken", steps)
     print(f"{kills} kills of {KILLS} tries")
     assert bits(trainer.state) == bits(unbroken.state) and as_told(tmp_path / "run") == as_told(tmp_path / "unbroken")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "checkpoints", CONFIG, METRICS} and BATCHES not in os.listdir(tmp_path)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "checkpoints", CONFIG, METRICS, ROUTER}
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == sorted([str(steps - 2), str(steps)])
     written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"s3cret" not in written and b"HF_TOKEN" not in written

@@ -149,9 +149,37 @@ def test_non_finite_steps_are_skipped_logged_and_three_in_a_row_stop(tmp_path):
     assert caught.value.exit_code == 3
     lines = read_metrics(tmp_path / "out")
     assert [line["skipped"] for line in lines[1:]] == [1, 1, 0, 1, 1, 1]
+    kept = np.load(tmp_path / "out" / lines[4]["batch_file"])
+    assert lines[4]["batch_file"] == "batches/4.npz"
+    assert {p.name for p in (tmp_path / "out" / "batches").iterdir()} == {f"{step}.npz" for step in (1, 2, 4, 5, 6)}
+    again = Batches(poison=(3,))
+    again.index = 3
+    assert all((kept[name] == value).all() for name, value in next(again)._asdict().items())
     assert lines[1]["batch"] == {"index": 0, "seed": 0} and lines[1]["loss"] is None and "loss" in lines[1]["nonfinite"]
     assert "batch" not in lines[3] and np.isfinite(lines[3]["loss"])
     assert orbax_store.list_steps(tmp_path / "out" / "checkpoints") == []
+
+
+def test_a_loss_spike_is_told_and_its_batch_kept_also_behind_a_resume(tmp_path, monkeypatch):
+    """With a threshold next to nothing, so that the tiny run has spikes; the run that was broken off finds the same."""
+    monkeypatch.setattr("gptoss_jax.training.spikes.LEAST", 2)
+    settings = make_train(checkpoint_every=3, spike_sigmas=1e-3)
+    _, printed = run(tmp_path / "out", train=settings)
+    spikes = {line["step"]: line for line in read_metrics(tmp_path / "out") if "spike" in line}
+    assert spikes and all(line["spike"] > 0 and line["batch"]["index"] == step - 1 for step, line in spikes.items())
+    assert {p.name for p in (tmp_path / "out" / "batches").iterdir()} == {f"{step}.npz" for step in spikes}
+    assert printed.count("sigmas above that of the last steps; its batch is batches/") == len(spikes)
+    break_off(tmp_path / "broken", 5, train=settings)
+    run(tmp_path / "broken", train=settings, resume=True)
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "out")
+
+
+def test_no_more_than_20_batches_are_kept(tmp_path):
+    with RunDir(tmp_path, resume=True, overwrite=False) as directory:
+        names = [directory.keep_batch(step, {"tokens_BT": np.arange(step)}) for step in range(25)]
+        assert names == [f"batches/{step}.npz" for step in range(20)] + [None] * 5
+        assert directory.keep_batch(3, {"tokens_BT": np.arange(7)}) == "batches/3.npz"
+    assert (np.load(tmp_path / "batches" / "3.npz")["tokens_BT"] == np.arange(7)).all() and len(list((tmp_path / "batches").iterdir())) == 20
 
 
 def test_non_finite_parameters_are_not_saved(tmp_path):
