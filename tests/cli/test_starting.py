@@ -60,20 +60,20 @@ def test_dry_run_reads_the_data_and_writes_nothing(tmp_path, capsys):
     data = tmp_path / "train.jsonl"
     chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
     data.write_text(json.dumps({"messages": chat}) + "\n")
-    given = ["model=nano", f"data.train={data}", "data.row_length=64", "batch.rows=1", f"output={tmp_path / 'run'}", "--dry-run"]
-    assert main(["sft", *given]) == 0
+    given = ["model=nano", f"data.train={data}", "data.row_length=64", "batch.rows=1", f"output={tmp_path / 'run'}"]
+    assert main(["sft", *given, "--dry-run"]) == 0
     captured = capsys.readouterr()
     assert "would train 1 steps" in captured.out and "memory, estimated" in captured.err and "fits" in captured.err
-    assert main(["qat", *given, "quant.format=mxfp4", "--quiet"]) == 0
+    assert main(["qat", *given, "quant.format=mxfp4", "--dry-run", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "") and not (tmp_path / "run").exists()
     data.write_text('{"messages": [{"role": "asistant", "content": "4"}]}\n')
-    assert main(["sft", *given]) == 4 and "train.jsonl:1" in capsys.readouterr().err
+    assert main(["sft", *given, "--dry-run"]) == 4 and "train.jsonl:1" in capsys.readouterr().err
 
 
 def test_completion_knows_every_command_and_flag_of_its_help(capsys):
     known = dict(found())
     assert {name.split()[0] for name in known} == set(COMMANDS)
-    assert next(option for option in known["export"] if option.flag == "--element-round").values[:2] == ("rne", "sr")
+    assert next(option for option in known["export"] if option.flag == "--element-round").values[0] == "rne"
     for command in ("report", "plan", "ckpt ls"):
         with pytest.raises(SystemExit):
             main([*command.split(), "--help"])
