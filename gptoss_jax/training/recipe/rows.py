@@ -12,13 +12,14 @@ class Row:
 
     label: str
     stage: Stage
-    format: Literal["mxfp4", "nvfp4", "bf16"]
+    format: Literal["mxfp4", "mxfp4 sr", "nvfp4", "bf16"]
 
 
 ROWS = {
     "original": Row("original MXFP4", "base", "mxfp4"),
     "sft": Row("SFT BF16", "sft", "bf16"),
     "sft_ptq": Row("SFT + PTQ MXFP4", "sft", "mxfp4"),
+    "sft_sr": Row("SFT + stochastic export MXFP4", "sft", "mxfp4 sr"),
     "qat_mxfp4": Row("SFT + QAT MXFP4", "qat_mxfp4", "mxfp4"),
     "qat_nvfp4": Row("SFT + QAT NVFP4", "qat_nvfp4", "nvfp4"),
     "qad_mxfp4": Row("SFT + QAD MXFP4", "qad_mxfp4", "mxfp4"),
@@ -28,7 +29,7 @@ ROWS = {
     "direct": Row("direct QAT MXFP4", "direct", "mxfp4"),
 }
 RowName = Literal[
-    "original", "sft", "sft_ptq", "qat_mxfp4", "qat_nvfp4", "qad_mxfp4", "sft_ptq_nvfp4", "sft_longer", "sft_longer_ptq", "direct"
+    "original", "sft", "sft_ptq", "sft_sr", "qat_mxfp4", "qat_nvfp4", "qad_mxfp4", "sft_ptq_nvfp4", "sft_longer", "sft_longer_ptq", "direct"
 ]  # fmt: skip
 FOUR_ROWS = ("original", "sft", "sft_ptq", "qat_mxfp4")  # those of NVIDIA's table
 DEMO_ROWS = (*FOUR_ROWS, "qat_nvfp4")

@@ -20,7 +20,7 @@ from gptoss_jax.training.yaml_config import read_yaml
 
 Say = Callable[[str], None]
 _DEPENDS_ON: dict[str, tuple[str, ...]] = {"base": (), "sft": ("sft",)}  # whose settings a stage depends on; all others: both
-_FORMATS = {"mxfp4": Mxfp4(), "nvfp4": Nvfp4(), "bf16": "bf16"}
+_FORMATS = {"mxfp4": Mxfp4(), "mxfp4 sr": Mxfp4(element_round="sr", seed=0), "nvfp4": Nvfp4(), "bf16": "bf16"}
 
 
 class Stages:
