@@ -148,7 +148,10 @@ def _format(value: Any) -> Format | None:
     if value is None or isinstance(value, Format):
         return value
     if isinstance(value, dict):
-        return format_from_dict(value)
+        try:
+            return format_from_dict(value)
+        except TypeError as error:  # an option that is a list or a mapping
+            raise ValueError(f"{error} in {value!r}") from None
     if isinstance(value, str):
         return get_format(value)
     raise ValueError("give a name, or {name: ..., option: ...}")

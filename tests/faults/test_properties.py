@@ -52,6 +52,7 @@ def test_a_valid_config_comes_back_equal_from_its_dump(raw):
 @given(st.dictionaries(KEYS, JSON, max_size=4))
 @example({"quant": {"format": "mxfp4", "activations": 5}})
 @example({"quant": {"format": "mxfp4", "activations": {"name": [1]}}})
+@example({"quant": {"format": "mxfp4", "activations": {"name": "mxfp4", "scale_rule": [1]}}})
 @example({"quant": {"format": "mxfp4", "estimator": {"name": [1]}}})
 @example({"quant": {"format": "mxfp4", "rules": [1]}})
 @example({"optimizer": {"weight_decay": 1e999}})
