@@ -58,8 +58,9 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
     Raises:
       UsageError: not YAML, or YAML that this project does not accept.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)  # looks for characters that YAML forbids, as NUL
         node = loader.get_single_node()
         lines: dict[tuple, int] = {}
         _check_keys(node, (), lines, where)
@@ -70,7 +71,8 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _check_keys(node: yaml.Node | None, path: tuple, lines: dict[tuple, int], where: str) -> None:

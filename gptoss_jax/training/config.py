@@ -38,7 +38,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # allow_inf_nan: 1e999 is infinite in YAML and JSON alike
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # a path, or a list of paths and of {path, weight, split, columns, limit, response} (data/sources.py)
@@ -130,7 +131,7 @@ class ScheduleConfig(Section):
 def _estimator(value: Any) -> Estimator:
     if isinstance(value, str | Estimator):
         return get_estimator(value)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and isinstance(value.get("name", ""), str):
         return estimator_from_dict(value)
     raise ValueError("give a name, or {name: ..., hyperparameter: ...}")
 
@@ -145,7 +146,16 @@ QuantEstimator = Annotated[Any, BeforeValidator(_estimator), PlainSerializer(_pl
 
 
 def _format(value: Any) -> Format | None:
-    return value if value is None else format_from_dict(value) if isinstance(value, dict) else get_format(value)
+    if value is None or isinstance(value, Format):
+        return value
+    if isinstance(value, dict):
+        try:
+            return format_from_dict(value)
+        except TypeError as error:  # an option that is a list or a mapping
+            raise ValueError(f"{error} in {value!r}") from None
+    if isinstance(value, str):
+        return get_format(value)
+    raise ValueError("give a name, or {name: ..., option: ...}")
 
 
 # a name, or {name: mxfp8, element: e5m2}

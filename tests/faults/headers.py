@@ -120,7 +120,7 @@ def check(content: bytes, path: Path) -> bool:
 def fuzz(count: int, seed: int, folder: Path) -> Counter:
     """Checks `count` files; how many were accepted and refused."""
     rng, path, seen = random.Random(seed), folder / "x.safetensors", Counter()
-    check(len(json.dumps(GOOD)).to_bytes(8, "little") + json.dumps(GOOD).encode() + PAYLOAD, path)
+    assert check(len(json.dumps(GOOD)).to_bytes(8, "little") + json.dumps(GOOD).encode() + PAYLOAD, path), "the good file"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
         content = damaged(rng)

@@ -109,7 +109,7 @@ def test_commands_say_in_one_line_that_the_disk_has_no_room(disk, tmp_path, caps
 
 def test_a_read_only_place_gets_one_line_and_exit_code_1(disk, tmp_path, capsys):
     export_hf(tmp_path / "source", CONFIG, make_params(), format=Mxfp4())
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,size=64m", disk], check=True)
     for command in (
         ["export", str(tmp_path / "source"), str(disk / "out"), "--format", "mxfp4"],
         ["import", str(tmp_path / "source"), str(disk / "run")],

@@ -11,11 +11,7 @@ def test_damaged_headers_are_refused_in_one_line_or_read_as_the_library_reads_th
     assert seen["refused"] > 500 and seen["accepted"] > 20
 
 
-@pytest.mark.parametrize("kind", ["numbers may be anything", "sizes are not compared"])
-def test_the_fuzz_notices_a_reader_that_is_too_kind(kind, tmp_path, monkeypatch):
-    if kind == "numbers may be anything":
-        monkeypatch.setattr(safetensors_io, "_naturals", lambda value: isinstance(value, list))
-    else:
-        monkeypatch.setattr(safetensors_io.math, "prod", lambda sizes: 60)
+def test_the_fuzz_notices_a_reader_that_is_too_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "_naturals", lambda value: isinstance(value, list))
     with pytest.raises(AssertionError, match="of seed 1"):
         fuzz(1000, 1, tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gptoss_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, load_json
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.strict_yaml import parse_yaml
-from gptoss_jax.training.config import TrainConfig, parse
+from gptoss_jax.training.config import Mxfp4Quant, TrainConfig, parse
 from gptoss_jax.training.yaml_config import dump_config
 
 SHORT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,7 +30,7 @@ LEAVES = {
     | st.fixed_dictionaries({"format": st.just("nvfp4")}, optional={"global_scale": st.sampled_from(["pow2", "exact"])}),
 }  # fmt: skip
 CONFIGS = st.fixed_dictionaries({}, optional=LEAVES)
-KEYS = st.sampled_from([*TrainConfig.model_fields, "format", "rows", "name", "learning_rate", "x"])
+KEYS = st.sampled_from([*TrainConfig.model_fields, *Mxfp4Quant.model_fields, "rows", "name", "learning_rate", "train", "x"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
@@ -50,6 +50,13 @@ def test_a_valid_config_comes_back_equal_from_its_dump(raw):
 
 @SHORT
 @given(st.dictionaries(KEYS, JSON, max_size=4))
+@example({"quant": {"format": "mxfp4", "activations": 5}})
+@example({"quant": {"format": "mxfp4", "activations": {"name": [1]}}})
+@example({"quant": {"format": "mxfp4", "activations": {"name": "mxfp4", "scale_rule": [1]}}})
+@example({"quant": {"format": "mxfp4", "estimator": {"name": [1]}}})
+@example({"quant": {"format": "mxfp4", "rules": [1]}})
+@example({"optimizer": {"weight_decay": 1e999}})
+@example({"data": {"train": [{"path": 1}]}})
 def test_any_values_make_a_config_or_one_line(raw):
     try:
         assert isinstance(parse(raw), TrainConfig)
