@@ -15,11 +15,13 @@ first does alone.
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,8 @@ def save(
 
     try:
         on_first(begin)
-        ocp.save_checkpointables(temporary / ARRAYS, trees)
+        with _errors_once():
+            ocp.save_checkpointables(temporary / ARRAYS, trees)
         on_first(describe)
         hashes = _hash_files(temporary)
         on_first(commit)
@@ -157,6 +160,18 @@ def save(
             # under a name that is no step: killed half-way, it must not be listed
             shutil.rmtree((directory / str(old)).rename(directory / f"{old}.tmp"))
     return final
+
+
+@contextmanager
+def _errors_once() -> Iterator[None]:
+    """Orbax logs the traceback of an error in every thread that it passes, 460 lines for a full disk, and then raises it: that is enough."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def holds_only_leftovers(run: str | Path) -> bool:
