@@ -25,7 +25,7 @@ from gptoss_jax.checkpoint.staging import staged_directory, write_json
 from gptoss_jax.checkpoint.store import read_json
 from gptoss_jax.errors import CorruptError, UsageError
 from gptoss_jax.model import GptOssConfig
-from gptoss_jax.model.lora import EXPERTS, LORA_A, LORA_B, LoraSpec, abstract_adapters, adapted_weights, adapter_name
+from gptoss_jax.model.lora import EXPERTS, LORA_A, LORA_B, PROJECTIONS, LoraSpec, abstract_adapters, adapted_weights, adapter_name
 
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.experts(?:\.base_layer)?)\.lora_([AB])\.weight")
@@ -47,8 +47,9 @@ def write_peft(out_dir: str | Path, config: GptOssConfig, spec: LoraSpec, adapte
 
     def targets(experts: bool) -> list[str]:
         found = []
-        for name, layers in module_layers.items():
-            if (name in EXPERTS) == experts:
+        for name in PROJECTIONS:  # gate_up_proj first: the inner one
+            layers = module_layers.get(name)
+            if layers and (name in EXPERTS) == experts:
                 where = f"mlp.experts.{name}" if experts else f"self_attn.{name}"
                 found += [where if experts else name] if len(layers) == config.num_hidden_layers else [f"{layer}.{where}" for layer in layers]
         return found
