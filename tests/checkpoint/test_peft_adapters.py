@@ -101,20 +101,20 @@ def test_peft_computes_the_same_logits_and_its_own_adapters_are_read(name, tiny_
     model = peft.PeftModel.from_pretrained(hf_model(tiny_config, params), directory).eval()
     with torch.no_grad():
         theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-        base = model.get_base_model()
     plain = np.asarray(compute_logits(params, forward(tiny_config, params, tokens, dtype=jnp.float32).hidden_BTD))
     got = ours(spec, adapters)
     assert np.abs(got - plain).max() > 0.01 * np.abs(plain).max(), "the adapters must matter"
     np.testing.assert_allclose(got, theirs, atol=1e-4 * np.abs(theirs).max())
 
     # back: adapters of peft's own making, all of them random
-    del base
-    own = peft.get_peft_model(hf_model(tiny_config, params), peft.LoraConfig.from_pretrained(directory)).eval()
+    settings = peft.LoraConfig.from_pretrained(directory)
+    settings.base_model_name_or_path = None  # a model made here has no name
+    own = peft.get_peft_model(hf_model(tiny_config, params), settings).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, value in own.named_parameters():
             if "lora_" in key:
                 value.copy_(0.3 * torch.randn(value.shape, generator=generator))
         theirs = own(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    own.save_pretrained(tmp_path / "own")
+    own.save_pretrained(tmp_path / "own", save_embedding_layers=False)
     np.testing.assert_allclose(ours(*read_peft(tmp_path / "own", tiny_config)), theirs, atol=1e-4 * np.abs(theirs).max())
