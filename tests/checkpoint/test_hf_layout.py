@@ -8,7 +8,6 @@ import pytest
 from gptoss_jax.checkpoint.export import _plan_shards
 from gptoss_jax.checkpoint.hf_layout import Layout, all_pieces, expected_tensors
 from gptoss_jax.checkpoint.safetensors_io import DTYPES
-from gptoss_jax.formats import Mxfp4
 from gptoss_jax.model import GptOssConfig, abstract_params
 
 # bytes of the tensors of the releases, from their architecture (facts of the model cards: 20.9B and 116.8B parameters)
@@ -64,6 +63,6 @@ def test_pieces_cover_every_parameter_once(pattern):
 
 
 def test_shards_of_the_20b_stay_whole():
-    shards = _plan_shards(CONFIGS["20b"], Mxfp4(), 5_000_000_000)
+    shards = _plan_shards(CONFIGS["20b"], Layout("hf", "mxfp4"), 5_000_000_000)
     assert [shard.nbytes < 5e9 for shard in shards] == [True] * 3
     assert sum(shard.nbytes for shard in shards) == SIZES["20b"]["mxfp4"]
