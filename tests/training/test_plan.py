@@ -224,10 +224,12 @@ def test_command_prints_tables_or_json(capsys):
     assert values["memory"]["peak"] == sum(p["bytes"] for p in parts if values["memory"]["peak_phase"] in p["phases"])
 
 
+# the plan of qlora_qat_20b_24gb.yaml says in its header that it does not fit
+RELEASES = sorted(path for names in ("[sq][fa]t*_[0-9]*0b*", "qlora*_80gb") for path in (ROOT / "configs").glob(f"{names}.yaml"))
 HEADER = re.compile(r"#\s+gptoss-jax plan --config configs/(\S+) --device (\S+) --devices (\d+)\n")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[sq][fa]t*_[0-9]*0b*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", RELEASES, ids=lambda p: p.name)
 def test_configs_of_the_releases_fit_the_hardware_that_they_name(path):
     """The plan in a config's header is the one that the command gives."""
     text = path.read_text()
