@@ -31,7 +31,7 @@ class Measured(Section):
       kl: mean KL(base || row) in nats per trained token of the guard conversations; None without them.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss that is not finite stays what it is
+    model_config = ConfigDict(ser_json_inf_nan="constants", allow_inf_nan=True)  # a loss that is not finite stays what it is
 
     row: RowName
     seed: int
